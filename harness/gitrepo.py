@@ -1,0 +1,181 @@
+"""Git by plumbing: trees, deterministic commits, compare-and-swap of refs, worktrees. No user index is touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import git
+
+from harness.errors import InfraError, UserError
+from harness.workspace import LEDGER_FILE, RECIPES_DIR
+
+IDENTITY = {
+    "GIT_AUTHOR_NAME": "autoresearch",
+    "GIT_AUTHOR_EMAIL": "autoresearch@localhost",
+    "GIT_COMMITTER_NAME": "autoresearch",
+    "GIT_COMMITTER_EMAIL": "autoresearch@localhost",
+}
+"""Kept commits carry an identity of their own, so that a machine without one works and bits don't depend on it."""
+
+_FSYNC = ["-c", "core.fsync=all", "-c", "core.fsyncMethod=fsync", "-c", "gc.auto=0"]
+ZERO = "0" * 40
+
+
+@dataclass(frozen=True)
+class CommitPlan:
+    """A commit that can be rebuilt bit for bit: same fields, same sha."""
+
+    tree: str
+    parent: str
+    message: str
+    date: str  # "<unix seconds> +0000"
+
+
+class Repo:
+    """Plumbing on one checkout. Methods raise InfraError when git itself fails."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.repo = git.Repo(root)
+
+    def _git(self, *args: str, env: Mapping[str, str] | None = None, stdin: bytes | None = None) -> str:
+        command = ["git", *_FSYNC, *args]
+        try:
+            kwargs = {"istream": _as_stream(stdin)} if stdin is not None else {}
+            return str(self.repo.git.execute(command, env={**os.environ, **(env or {})}, **kwargs))
+        except git.GitCommandError as e:
+            raise InfraError(f"git {' '.join(args[:3])}: {str(e.stderr).strip() or e}") from e
+
+    def rev(self, name: str) -> str | None:
+        """The commit a name points at, or None."""
+        try:
+            return self._git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+        except InfraError:
+            return None
+
+    def head_branch(self) -> str:
+        """Full ref name of the checked-out branch, "" when detached."""
+        try:
+            return self._git("symbolic-ref", "--quiet", "HEAD")
+        except InfraError:
+            return ""
+
+    def is_ancestor(self, a: str, b: str) -> bool:
+        """Whether commit ``a`` is ``b`` or reachable from it."""
+        try:
+            self._git("merge-base", "--is-ancestor", a, b)
+            return True
+        except InfraError:
+            return False
+
+    def code_tree(self, commit: str) -> str:
+        """One hash over trainer/ without its recipes: equal hashes run equal code."""
+        listing = self._git("ls-tree", "-r", commit, "--", "trainer")
+        lines = [x for x in listing.splitlines() if f"\t{RECIPES_DIR}/" not in x]
+        return self._git("hash-object", "--stdin", stdin="\n".join(lines).encode())
+
+    def show(self, commit: str, path: str) -> str | None:
+        """Text of a file in a commit, or None."""
+        if not self._git("ls-tree", commit, "--", path):
+            return None
+        return self.repo.git.execute(["git", "cat-file", "blob", f"{commit}:{path}"], strip_newline_in_stdout=False)
+
+    def dirty_paths(self) -> list[str]:
+        """Tracked files that differ from HEAD in index or work tree, the ledger aside."""
+        out = self._git("status", "--porcelain=v1", "-z", "--untracked-files=no", "--no-renames")
+        return [line[3:] for line in out.split("\0") if line and line[3:] != LEDGER_FILE]
+
+    def build_tree(self, base: str, files: Mapping[str, str]) -> str:
+        """The tree of commit ``base`` with whole files replaced, written through a private index."""
+        folder = tempfile.mkdtemp(prefix="autoresearch-index-")
+        try:
+            env = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+            self._git("read-tree", base, env=env)
+            for path, text in sorted(files.items()):
+                blob = self._git("hash-object", "-w", "--stdin", stdin=text.encode())
+                self._git("update-index", "--add", "--cacheinfo", f"100644,{blob},{path}", env=env)
+            return self._git("write-tree", env=env)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def build_commit(self, plan: CommitPlan) -> str:
+        """Write the commit object (no ref moves, no signing, fixed identity) and return its sha."""
+        env = {**IDENTITY, "GIT_AUTHOR_DATE": plan.date, "GIT_COMMITTER_DATE": plan.date}
+        return self._git("-c", "commit.gpgSign=false", "-c", "i18n.commitEncoding=UTF-8", "commit-tree", plan.tree,
+                         "-p", plan.parent, "-F", "-", env=env, stdin=plan.message.encode())
+
+    def set_ref(self, ref: str, new: str, old: str | None = None) -> bool:
+        """Point ``ref`` at ``new``; with ``old``, only if it still points there (ZERO: must not exist)."""
+        args = ["update-ref", "-m", "autoresearch", ref, new]
+        if old is not None:
+            args.append(old)
+        try:
+            self._git(*args)
+            return True
+        except InfraError:
+            if old is not None and self.rev(ref) != (None if old == ZERO else old):
+                return False
+            raise
+
+    def bring_along(self, ref: str, old: str, new: str) -> list[str]:
+        """After ``ref`` moved old -> new: if it is checked out, update just the files that differ and
+        that still are exactly ``old``'s in index and work tree (or already ``new``'s). Returns them."""
+        if self.head_branch() != ref:
+            return []
+        moved = []
+        listing = self._git("diff-tree", "-r", "--no-renames", "--name-only", "-z", old, new)
+        for path in filter(None, listing.split("\0")):
+            target = self.root / path
+            now = target.read_text(encoding="utf-8") if target.is_file() else None
+            before, after = self.show(old, path), self.show(new, path)
+            if now not in (before, after):
+                continue
+            if after is None:
+                target.unlink(missing_ok=True)
+                self._git("update-index", "--force-remove", "--", path)
+            else:
+                if now != after:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    tmp = target.with_name(target.name + ".autoresearch-tmp")
+                    tmp.write_text(after, encoding="utf-8")
+                    tmp.replace(target)
+                self._git("update-index", "--add", "--", path)
+            moved.append(path)
+        return moved
+
+    def worktree(self, folder: Path, commit: str) -> None:
+        """Make ``folder`` a clean, detached worktree at ``commit``, whatever state a kill left it in."""
+        if (folder / ".git").is_file():
+            slot = git.Repo(folder)
+            try:
+                slot.git.execute(["git", "checkout", "--quiet", "--force", "--detach", commit])
+                slot.git.execute(["git", "clean", "-fdxq"])
+                return
+            except git.GitCommandError:
+                pass
+            finally:
+                slot.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._git("worktree", "prune")
+        self._git("worktree", "add", "--quiet", "--force", "--detach", str(folder), commit)
+
+
+def _as_stream(data: bytes):  # noqa: ANN202 - a private temporary file
+    stream = tempfile.TemporaryFile()
+    stream.write(data)
+    stream.seek(0)
+    return stream
+
+
+def open_repo(root: Path) -> Repo:
+    """The repository at ``root``; raises UserError when it has no commit yet."""
+    repo = Repo(root)
+    if repo.rev("HEAD") is None:
+        raise UserError(f"{root}: the repository has no commit yet; commit once, then search")
+    return repo
