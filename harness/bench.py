@@ -1,0 +1,159 @@
+"""The bench of a search: what every stage needs (ledger, executor, track, policy), and how runs are waited for."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from harness.errors import InfraError
+from harness.executor import Executor, RunDone, RunFailed, RunRequest
+from harness.gate.policy import Policy
+from harness.gitrepo import Repo
+from harness.state import SearchState, apply
+from harness.tracks import Track, run_seed
+from harness.views import View
+from ledger.records import Body
+from ledger.store import Ledger
+
+POLL_S = 0.05
+
+
+class Stopped(Exception):
+    """The search ends here, resumable: by signal, or because a budget is spent. ``args[0]`` says why."""
+
+
+@dataclass
+class Budget:
+    """When to stop starting things. ``trials`` counts decided trials of the whole search."""
+
+    trials: int | None = None
+    deadline: float | None = None  # unix seconds
+    why_deadline: str = "budget.hours"
+
+    def spent(self, state: SearchState) -> str:
+        """The reason to stop, "" if there is none."""
+        if self.trials is not None and state.decided >= self.trials:
+            return "budget.trials"
+        if self.deadline is not None and time.time() >= self.deadline:
+            return self.why_deadline
+        return ""
+
+    def words(self) -> str:
+        """For people."""
+        parts = [] if self.trials is None else [f"until {self.trials} trials are decided"]
+        if self.deadline is not None:
+            parts.append("until " + time.strftime("%H:%M", time.localtime(self.deadline)))
+        return ", ".join(parts) or "until stopped"
+
+
+@dataclass
+class Bench:
+    """One search at work. All ledger writes go through :meth:`write`, on one thread."""
+
+    search: str
+    seed: int
+    branch: str  # full ref name
+    track: Track
+    policy: Policy
+    fingerprint: str
+    repo: Repo
+    ledger: Ledger
+    executor: Executor
+    view: View
+    budget: Budget
+    state: SearchState
+    publish: Callable[[], None]  # mirror the ledger under its ref
+    crash_point: Callable[[str], None] = field(default=lambda name: None)  # tests kill here
+    _interrupts: int = 0
+    _wake: threading.Event = field(default_factory=threading.Event)
+
+    def write(self, type_: str, body: Body, trial: str = "") -> Any:
+        """Append durably, fold into the state, show. Returns the record."""
+        record = self.ledger.append(type_, body, search=self.search, trial=trial)
+        apply(self.state, record)
+        self.view.record(type_, trial, body)
+        self.crash_point(f"after:{type_}")
+        return record
+
+    def seed_of(self, stage: str, k: int) -> int:
+        """Seed of the k-th pair of a stage for the incumbent of today."""
+        return run_seed(self.seed, stage, self.state.generation, k)
+
+    def request(self, *, owner: str, stage: str, k: int, knobs: dict[str, Any], commit: str, files: dict[str, str],
+                steps: int | None = None) -> RunRequest:
+        """A run of this search: steps, split and token budget follow from the stage."""
+        tokens = self.track.val_tokens if stage == "confirm" else self.track.dev_tokens
+        knobs = {**knobs, "iterations": steps or self.track.steps("confirm" if stage == "confirm" else "breadth")}
+        generation = self.state.generation
+        return RunRequest(
+            run_id=f"{self.search}-{owner}-{stage}-g{generation}-{k}-{self.fingerprint[:8]}", owner=owner, stage=stage,
+            k=k, seed=self.seed_of(stage, k), knobs=knobs, commit=commit, files=files,
+            split="val" if stage == "confirm" else "dev", max_tokens=tokens if stage != "preflight" else 1024,
+        )
+
+    def wave(self, requests: Sequence[RunRequest], on_done: Callable[[RunDone], None]) -> list[RunFailed]:
+        """Run all, call ``on_done`` for each as it finishes (that is where it is logged), return the failures.
+
+        A first interrupt lets the wave finish; a second ends its runs. Raises Stopped afterwards.
+        """
+        futures: dict[Future[RunDone | RunFailed], RunRequest] = {
+            self.executor.submit(r, self.view.run_event): r for r in requests
+        }
+        failures: list[RunFailed] = []
+        while futures:
+            for future in [f for f in futures if f.done()]:
+                self.view.run_over(futures.pop(future))
+                outcome = future.result()
+                if isinstance(outcome, RunDone):
+                    on_done(outcome)
+                else:
+                    failures.append(outcome)
+            self.view.tick()
+            time.sleep(POLL_S)
+        if any(f.kind == "stopped" for f in failures):
+            raise Stopped("stopped")
+        return failures
+
+    def check_stop(self) -> None:
+        """Raise Stopped if a person or the clock asked for it."""
+        if self._interrupts:
+            raise Stopped("stopped")
+        reason = self.budget.spent(self.state)
+        if reason and reason != "budget.trials":
+            raise Stopped(reason)
+
+    def on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """First: finish the current runs, then stop. Second: end them now."""
+        self._interrupts += 1
+        if self._interrupts == 1:
+            self.view.note("stopping after the current run (Ctrl-C again: stop now)")
+        else:
+            self.view.note("stopping now")
+            self.executor.stop()
+
+    def handle_signals(self) -> Callable[[], None]:
+        """Install the handlers; returns what restores the old ones. A no-op off the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+        old = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+        return restore
+
+
+def infra_stop(failures: Sequence[RunFailed]) -> None:
+    """The incumbent's own runs must not fail: that is the machine, not an idea. Raises InfraError."""
+    if failures:
+        f = failures[0]
+        raise InfraError(f"run {f.request.run_id} of the incumbent failed ({f.kind}): {f.detail}\n"
+                         f"{f.log_tail.strip()[-1500:]}\nThe incumbent must run; mend this, then start the search again: "
+                         "it resumes here.")

@@ -1,0 +1,32 @@
+"""The command line: one file per noun. ``main`` is the entry point of ``autoresearch``.
+
+Heavy imports live inside the commands, so that ``autoresearch --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from harness.cli import data, gate, ledger, run
+
+app = typer.Typer(
+    name="autoresearch",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Unattended compact-language-model research: propose one change, measure it honestly, keep what is real.",
+    epilog="Start with: autoresearch demo (about ten minutes on two CPU cores; touches nothing of yours)",
+)
+run.register(app)
+app.add_typer(data.app, name="data")
+app.add_typer(ledger.app, name="ledger")
+app.add_typer(gate.app, name="gate")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+__all__ = ["app", "main"]

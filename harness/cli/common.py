@@ -1,0 +1,93 @@
+"""What all commands share: options, errors as messages, output as JSON, CSV or rich."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from harness.errors import InfraError, UserError
+from harness.workspace import Workspace, find_workspace
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+WorkspaceOption = Annotated[
+    str | None,
+    typer.Option("--workspace", "-w", metavar="DIR", help="Git checkout to act on. Default: around this folder."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live panel.")]
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """Exceptions that are a person's to mend: message on stderr, exit code 2."""
+    from agent.knowledge import KnowledgeError
+    from harness.gate.noise import NoiseError
+    from harness.gate.policy import PolicyError
+    from ledger.errors import LedgerError
+    from trainer.contract import ContractError
+    from trainer.data.errors import DataError
+    from trainer.knobs import KnobError
+
+    return (UserError, KnobError, ContractError, LedgerError, PolicyError, NoiseError, DataError, KnowledgeError)
+
+
+def guard(command: Callable[P, R]) -> Callable[P, R]:
+    """Show a known error as one message; 2 = the user's to mend, 1 = the machine's, 130 = interrupted."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (InfraError, OSError) as e:
+            if isinstance(e, BrokenPipeError):
+                sys.stderr.close()
+                raise typer.Exit(0) from None
+            known = isinstance(e, InfraError) or e.filename
+            if not known:
+                raise
+            message = str(e) if isinstance(e, InfraError) else f"{e.filename}: {e.strerror}"
+            fail(message, 1)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+        except Exception as e:
+            if not isinstance(e, user_errors()):
+                raise
+            fail(str(e), 2)
+        raise AssertionError("unreachable")
+
+    return run
+
+
+def fail(message: str, code: int) -> None:
+    """Print an error to stderr and leave with ``code``."""
+    print(f"autoresearch: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def workspace(given: str | None) -> Workspace:
+    """The workspace to act on."""
+    return find_workspace(given)
+
+
+def print_json(data: Any) -> None:
+    """JSON to stdout, one document."""
+    print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def parse_sets(pairs: list[str]) -> dict[str, str]:
+    """``["beta2=0.99", ...]`` as a dict. Raises UserError on anything else or on a repeated name."""
+    out: dict[str, str] = {}
+    for pair in pairs:
+        name, sep, value = pair.partition("=")
+        if not sep or not name.strip() or not value.strip():
+            raise UserError(f"--set {pair!r}: expected NAME=VALUE, for example --set beta2=0.99")
+        if name.strip() in out:
+            raise UserError(f"--set {name.strip()}: given twice; give each knob once")
+        out[name.strip()] = value.strip()
+    return out

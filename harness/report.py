@@ -1,0 +1,141 @@
+"""What a command prints at its end: lineage, summary, where to look next; and the table of knobs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from harness.search import SearchOutcome
+from harness.state import SearchState, TrialState
+from harness.tracks import get_track
+from harness.workspace import DEMO_DIR, Workspace, recipe_path
+from ledger.queries import lineage
+from ledger.records import RunFigures
+from ledger.render import lineage_tree
+from ledger.store import Ledger
+from trainer.knobs import Knob
+
+REASONS = {
+    "budget.trials": "all trials decided",
+    "budget.hours": "the hours are over",
+    "budget.until": "the time of day is reached",
+    "stopped": "stopped by you; the same command resumes",
+    "exhausted": "nothing left to propose",
+    "nothing-to-do": "already complete: nothing was run",
+}
+
+
+def console() -> Console:
+    """Standard output; wide enough not to wrap when it is a pipe."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=120)
+
+
+def print_search(ws: Workspace, outcome: SearchOutcome) -> None:
+    """Lineage tree, summary, next steps."""
+    out, state = console(), outcome.state
+    records = list(Ledger(ws.ledger).records(search=outcome.search))
+    out.print()
+    out.print(lineage_tree(lineage(records, search=outcome.search)))
+    out.print()
+    out.print(_summary(outcome, state))
+    out.print(_next_steps(ws, outcome))
+
+
+def claimed_gain(state: SearchState) -> float:
+    """Sum of the kept trials' measured gains, bpb: selected figures, so too good on average."""
+    return -sum(t.decided.delta_bpb or 0.0 for t in _kept(state) if t.decided)
+
+
+def honest_gain(state: SearchState) -> tuple[float, float, float] | None:
+    """(gain, baseline mean, incumbent mean) from fresh controls of first and last incumbent; None if one lacks."""
+    confirm = {key[1]: runs for key, runs in state.controls.items() if key[0] == "confirm" and runs}
+    if 0 not in confirm or state.generation not in confirm or state.generation == 0:
+        return None
+    first, last = _mean(confirm[0]), _mean(confirm[state.generation])
+    return first - last, first, last
+
+
+def _kept(state: SearchState) -> list[TrialState]:
+    return [state.trials[t] for t in state.kept]
+
+
+def _mean(runs: dict[int, RunFigures]) -> float:
+    return sum(r.val_bpb for r in runs.values()) / len(runs)
+
+
+def _summary(outcome: SearchOutcome, state: SearchState) -> Panel:
+    table = Table.grid(padding=(0, 2))
+    verdicts: dict[str, int] = {}
+    for t in state.trials.values():
+        if t.over:
+            verdicts[t.reason] = verdicts.get(t.reason, 0) + 1
+    table.add_row("ended", REASONS.get(outcome.reason, outcome.reason))
+    table.add_row("trials", f"{state.decided} decided: " + (", ".join(f"{n} {r}" for r, n in sorted(verdicts.items()))
+                                                          or "none"))
+    if state.generation:
+        table.add_row("kept", f"{state.generation} commit(s), claimed gain {claimed_gain(state):.4f} bpb in all "
+                              "(selected, so flattering)")
+        honest = honest_gain(state)
+        if honest:
+            table.add_row("honest gain", f"{honest[0]:+.4f} bpb, from fresh controls: {honest[1]:.4f} -> "
+                                         f"{honest[2]:.4f}")
+        else:
+            table.add_row("honest gain", "not measured yet: fresh controls are run when the search goes on")
+    else:
+        table.add_row("kept", "none: no change was shown to be better than the noise. That is a result, too")
+    table.add_row("cost", f"{outcome.seconds / 60:.1f} minutes now; {state.seconds / 60:.1f} worker-minutes in all")
+    return Panel(table, title=f"search {outcome.search}", title_align="left", border_style="blue")
+
+
+def _next_steps(ws: Workspace, outcome: SearchOutcome) -> Text:
+    demo = ws.root.name == DEMO_DIR
+    at = f" -w {DEMO_DIR}" if demo else ""
+    track = outcome.state.started[0].track if outcome.state.started else "pocket"
+    git = f"git -C {DEMO_DIR}" if demo else "git"
+    rows = [
+        ("the commits", f"{git} log --stat search/{outcome.search} -- {recipe_path(track)}"),
+        ("a verdict in words", f"autoresearch gate explain {_interesting(outcome.state)}{at}"),
+        ("every event", f"autoresearch ledger tail{at}"),
+        ("check the ledger", f"autoresearch ledger verify{at}"),
+        ("go on", f"autoresearch search --track {track} --trials {outcome.state.decided + 8}"
+                  + ("   (in the checkout itself: its own ledger and branch)" if demo else "")),
+    ]
+    text = Text("where to look next\n", style="bold")
+    for what, command in rows:
+        text.append(f"  {what:20s}", style="dim")
+        text.append(f"{command}\n", style="default")
+    if get_track(track).meaningless:
+        text.append(f"track {track} is for fault tests: its verdicts mean nothing\n", style="bold red")
+    return text
+
+
+def _interesting(state: SearchState) -> str:
+    decided = [t.id for t in state.trials.values() if t.decided]
+    return state.kept[-1] if state.kept else (decided[-1] if decided else "TRIAL")
+
+
+def knob_dict(knob: Knob) -> dict[str, Any]:
+    """A knob as JSON."""
+    return {
+        "name": knob.name, "type": knob.kind.__name__, "default": knob.default, "valid": knob.valid, "unit": knob.unit,
+        "doc": knob.doc, "ladder": list(knob.ladder), "phase": knob.phase, "role": knob.role, "cost": knob.cost,
+        "source": knob.source, "requires": [list(r) for r in knob.requires],
+    }
+
+
+def print_knobs(knobs: list[Knob]) -> None:
+    """A table, or one knob in full."""
+    out = console()
+    if len(knobs) == 1:
+        for key, value in knob_dict(knobs[0]).items():
+            out.print(f"[bold]{key:9s}[/bold] {value}")
+        return
+    table = Table("knob", "default", "valid", "what it does", box=None, header_style="bold")
+    for k in knobs:
+        table.add_row(k.name, str(k.default), k.valid, k.doc)
+    out.print(table)

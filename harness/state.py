@@ -1,0 +1,183 @@
+"""What the ledger says about one search, folded: the loop keeps no other memory, so a restart loses none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.contract import PastTrial
+from ledger.records import (
+    CommitDone,
+    CommitIntent,
+    CommitVoid,
+    ControlEnded,
+    Decided,
+    Finding,
+    PreflightPassed,
+    PreflightRefused,
+    RunFigures,
+    SearchStarted,
+    StageEnded,
+    TrialAbandoned,
+    TrialFailed,
+    TrialProposed,
+)
+
+
+@dataclass
+class TrialState:
+    """One trial's events so far."""
+
+    id: str
+    proposed: TrialProposed
+    preflight: PreflightPassed | None = None
+    runs: dict[str, dict[int, RunFigures]] = field(default_factory=lambda: {"breadth": {}, "confirm": {}})
+    decided: Decided | None = None
+    refused: PreflightRefused | None = None
+    failed: TrialFailed | None = None
+    abandoned: TrialAbandoned | None = None
+    intent: CommitIntent | None = None
+    done: CommitDone | None = None
+    void: CommitVoid | None = None
+    finding: Finding | None = None
+    decided_ref: tuple[int, str, str] | None = None  # seq, h, ts of the decided record
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will be measured for it (a keep may still owe its commit)."""
+        return any((self.decided, self.refused, self.failed, self.abandoned))
+
+    @property
+    def owes_commit(self) -> bool:
+        """Decided as a keep, and its commit is neither done nor void."""
+        return bool(self.decided and self.decided.verdict == "keep" and not self.done and not self.void)
+
+    @property
+    def verdict(self) -> str:
+        """keep | reject | failed | refused | abandoned | open."""
+        if self.decided:
+            return self.decided.verdict if not self.void else "reject"
+        for word in ("refused", "failed", "abandoned"):
+            if getattr(self, word):
+                return word
+        return "open"
+
+    @property
+    def reason(self) -> str:
+        """The exact reason code, "" while open."""
+        for event in (self.decided, self.refused, self.failed, self.abandoned):
+            if event:
+                return event.reason
+        return ""
+
+
+@dataclass
+class SearchState:
+    """One search (by name), as far as its ledger goes."""
+
+    search: str
+    started: list[SearchStarted] = field(default_factory=list)
+    trials: dict[str, TrialState] = field(default_factory=dict)
+    controls: dict[tuple[str, int, str, str], dict[int, RunFigures]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)  # trial ids, in order of commit
+    seconds: float = 0.0  # worker-seconds spent
+
+    @property
+    def generation(self) -> int:
+        """Keeps so far: each incumbent is measured on seeds of its own."""
+        return len(self.kept)
+
+    @property
+    def decided(self) -> int:
+        """Trials that count against ``--trials``: judged, or failed by their own fault."""
+        return sum(1 for t in self.trials.values() if t.decided or (t.failed and t.failed.reason != "failed.infra"))
+
+    @property
+    def next_number(self) -> int:
+        """Number of the next trial, 1-based, over all proposals of the search."""
+        return 1 + max((t.proposed.number for t in self.trials.values()), default=0)
+
+    @property
+    def open_trial(self) -> TrialState | None:
+        """The trial that a stop or kill left unfinished, if any (at most one)."""
+        return next((t for t in self.trials.values() if not t.over), None)
+
+    def control_runs(self, stage: str, generation: int, config: str, fingerprint: str) -> dict[int, RunFigures]:
+        """Runs of one incumbent under one fingerprint, by k."""
+        return self.controls.setdefault((stage, generation, config, fingerprint), {})
+
+    def past(self, fingerprint: str) -> tuple[PastTrial, ...]:
+        """History in the shape that proposers read."""
+        out = []
+        for t in self.trials.values():
+            if not t.over or t.abandoned:
+                continue
+            p = t.proposed
+            out.append(PastTrial(
+                trial=t.id, line=p.line, move=p.move, change=p.change, parent_config=p.parent_config,
+                config_hash=p.config_hash, verdict=t.verdict, reason=t.reason,
+                delta_bpb=t.decided.delta_bpb if t.decided else None, same_fingerprint=p.fingerprint == fingerprint,
+            ))
+        return tuple(out)
+
+    def tried(self, fingerprint: str) -> frozenset[str]:
+        """Configuration hashes already judged under this fingerprint: a repeat would learn nothing."""
+        return frozenset(
+            t.proposed.config_hash for t in self.trials.values()
+            if t.over and not t.abandoned and t.proposed.fingerprint == fingerprint and t.reason != "failed.infra"
+        )
+
+
+def fold(records: Iterable[Any], search: str) -> SearchState:
+    """Fold ledger records (``ledger.store.Record``: .type, .search, .trial, .body, .seq, .h, .ts)."""
+    state = SearchState(search)
+    for r in records:
+        if r.search == search:
+            apply(state, r)
+    return state
+
+
+def apply(state: SearchState, r: Any) -> None:
+    """Fold one more record of the search into ``state``."""
+    body = r.body
+    if isinstance(body, SearchStarted):
+        state.started.append(body)
+    elif isinstance(body, ControlEnded):
+        runs = state.control_runs(body.stage, body.generation, body.config_hash, body.fingerprint)
+        runs[body.run.k] = body.run
+        state.seconds += body.run.wall_seconds
+    elif isinstance(body, TrialProposed):
+        state.trials[r.trial] = TrialState(r.trial, body)
+    elif r.trial in state.trials:
+        _apply_to_trial(state, state.trials[r.trial], r)
+
+
+def _apply_to_trial(state: SearchState, trial: TrialState, r: Any) -> None:
+    body = r.body
+    if isinstance(body, StageEnded):
+        trial.runs[r.type.partition(".")[0]][body.run.k] = body.run
+        state.seconds += body.run.wall_seconds
+    elif isinstance(body, PreflightPassed):
+        trial.preflight = body
+        state.seconds += body.seconds
+    elif isinstance(body, PreflightRefused):
+        trial.refused = body
+        state.seconds += body.seconds
+    elif isinstance(body, Decided):
+        trial.decided, trial.decided_ref = body, (r.seq, r.h, r.ts)
+    elif isinstance(body, TrialFailed):
+        trial.failed = body
+        state.seconds += body.cost_seconds
+    elif isinstance(body, TrialAbandoned):
+        trial.abandoned = body
+    elif isinstance(body, CommitIntent):
+        trial.intent = body
+    elif isinstance(body, CommitDone):
+        trial.done = body
+        if trial.id not in state.kept:
+            state.kept.append(trial.id)
+    elif isinstance(body, CommitVoid):
+        trial.void = body
+    elif isinstance(body, Finding):
+        trial.finding = body

@@ -1,0 +1,117 @@
+"""The keep transaction: one git commit per kept trial, exactly once with the ledger.
+
+Order (DESIGN section 5): the object is built and pinned; ``commit.intent`` carries everything needed
+to rebuild it; the branch ref is compared and swapped; ``commit.done``. The commit's bytes depend only
+on the ``decided`` record and the parent, so a recovery that starts over makes the same sha.
+"""
+
+from __future__ import annotations
+
+import calendar
+import time
+from collections.abc import Mapping
+
+from harness.gitrepo import CommitPlan, Repo
+from harness.recipe import parse_recipe, render_recipe
+from harness.state import TrialState
+from harness.tracks import Track
+from harness.workspace import recipe_path
+from ledger.records import Body, CommitDone, CommitIntent, CommitVoid
+from ledger.store import Ledger
+from trainer.knobs import KnobValue
+
+PIN = "refs/autoresearch/trial/"
+TRAILER_TRIAL, TRAILER_HEAD = "Trial", "Ledger-Head"
+
+
+def change_text(change: Mapping[str, KnobValue], previous: Mapping[str, KnobValue]) -> str:
+    """``matrix_lr 0.04 -> 0.02, ...``"""
+    return ", ".join(f"{k} {_show(previous.get(k))} -> {_show(v)}" for k, v in change.items())
+
+
+def _show(value: KnobValue | None) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def candidate_files(repo: Repo, track: Track, parent: str, change: Mapping[str, KnobValue]) -> dict[str, str]:
+    """The candidate's files that differ from its parent commit: for a knob change, the recipe."""
+    path = recipe_path(track.name)
+    values = parse_recipe(repo.show(parent, path), track)
+    values.update(change)
+    return {path: render_recipe(values, track)}
+
+
+def message(trial: TrialState) -> str:
+    """The kept commit's message: subject, hypothesis, figures, trailers. Deterministic in the record."""
+    decided, ref, p = trial.decided, trial.decided_ref, trial.proposed
+    assert decided and ref
+    runs = decided.candidate
+    mean = sum(r.val_bpb for r in runs) / len(runs)
+    size = max(r.artifact_bytes + r.code_bytes for r in runs)
+    return "\n".join([
+        f"Keep {change_text(p.change, p.previous)}",
+        "",
+        p.hypothesis.strip(),
+        "",
+        decided.explanation.strip(),
+        "",
+        f"{TRAILER_TRIAL}: {trial.id}",
+        f"{TRAILER_HEAD}: {ref[0]}:{ref[1]}",
+        f"Reason: {decided.reason}",
+        f"Val-Bpb: {mean:.6f}",
+        f"Delta-Bpb: {decided.delta_bpb:+.6f}" if decided.delta_bpb is not None else "Delta-Bpb: unknown",
+        f"Bytes: {size}",
+        "",
+    ])
+
+
+def git_date(ts: str) -> str:
+    """A ledger time stamp as git wants it: unix seconds in UTC."""
+    return f"{calendar.timegm(time.strptime(ts[:19], '%Y-%m-%dT%H:%M:%S'))} +0000"
+
+
+def commit_keep(repo: Repo, ledger: Ledger, track: Track, search: str, branch: str, trial: TrialState,
+                ) -> CommitDone | CommitVoid:
+    """Carry a kept trial's commit to its end from wherever it stands; safe to call again after any kill."""
+    recovering = trial.intent is not None
+    intent = trial.intent or _prepare(repo, ledger, track, search, branch, trial)
+    _rebuild(repo, trial.id, intent)
+    ref = intent.branch
+    at = repo.rev(ref)
+    if at == intent.parent:
+        repo.set_ref(ref, intent.sha, old=intent.parent)
+        at = repo.rev(ref)
+    body: Body
+    if at and repo.is_ancestor(intent.sha, at):
+        repo.bring_along(ref, intent.parent, intent.sha)
+        body = CommitDone(sha=intent.sha, branch=ref, recovered=recovering)
+        ledger.append("commit.done", body, search=search, trial=trial.id)
+    else:
+        body = CommitVoid(sha=intent.sha, reason=f"{ref} moved to {at or 'nothing'} while this keep was on its way; "
+                                                 "the candidate is judged again on the new incumbent")
+        ledger.append("commit.void", body, search=search, trial=trial.id)
+    return body
+
+
+def _prepare(repo: Repo, ledger: Ledger, track: Track, search: str, branch: str, trial: TrialState) -> CommitIntent:
+    assert trial.decided_ref
+    parent = trial.proposed.parent_commit
+    files = candidate_files(repo, track, parent, trial.proposed.change)
+    plan = CommitPlan(repo.build_tree(parent, files), parent, message(trial), git_date(trial.decided_ref[2]))
+    sha = repo.build_commit(plan)
+    repo.set_ref(PIN + trial.id, sha)
+    intent = CommitIntent(sha=sha, tree=plan.tree, parent=parent, branch=branch, message=plan.message,
+                          date=plan.date, files=files, config_hash=trial.proposed.config_hash)
+    ledger.append("commit.intent", intent, search=search, trial=trial.id)
+    return intent
+
+
+def _rebuild(repo: Repo, trial: str, intent: CommitIntent) -> None:
+    """Make sure that the object is there and pinned; the intent rebuilds it bit for bit."""
+    if repo.rev(intent.sha) is None:
+        tree = repo.build_tree(intent.parent, intent.files)
+        sha = repo.build_commit(CommitPlan(tree, intent.parent, intent.message, intent.date))
+        if sha != intent.sha:
+            raise RuntimeError(f"trial {trial}: rebuilt commit {sha} is not the intended {intent.sha}")
+    if repo.rev(PIN + trial) != intent.sha:
+        repo.set_ref(PIN + trial, intent.sha)
