@@ -20,7 +20,7 @@ class Proposal:
     hypothesis: str
     change: Mapping[str, KnobValue] = field(default_factory=dict)
     patch: str = ""  # unified diff; exclusive with change
-    move: str = ""  # what kind of step this is: ladder | bracket | toggle | reshape | combine | simplify | manual
+    move: str = ""  # ladder | bracket | toggle | set | scale | reshape | combine | simplify | manual
     predicted: Mapping[str, float] = field(default_factory=dict)
     falsified_by: str = ""
     pages: tuple[str, ...] = ()
@@ -54,6 +54,7 @@ class PastTrial:
     reason: str
     delta_bpb: float | None  # candidate minus control; negative is better; None if never measured
     same_fingerprint: bool
+    previous: Mapping[str, KnobValue] = field(default_factory=dict)  # its incumbent's values of those knobs
 
 
 @dataclass(frozen=True, kw_only=True)

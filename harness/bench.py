@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -35,11 +35,14 @@ class Budget:
     trials: int | None = None
     deadline: float | None = None  # unix seconds
     why_deadline: str = "budget.hours"
+    keeps: int | None = None
 
     def spent(self, state: SearchState) -> str:
         """The reason to stop, "" if there is none."""
         if self.trials is not None and state.decided >= self.trials:
             return "budget.trials"
+        if self.keeps is not None and state.generation >= self.keeps:
+            return "budget.keeps"
         if self.deadline is not None and time.time() >= self.deadline:
             return self.why_deadline
         return ""
@@ -47,6 +50,8 @@ class Budget:
     def words(self) -> str:
         """For people."""
         parts = [] if self.trials is None else [f"until {self.trials} trials are decided"]
+        if self.keeps is not None:
+            parts.append(f"until {self.keeps} are kept")
         if self.deadline is not None:
             parts.append("until " + time.strftime("%H:%M", time.localtime(self.deadline)))
         return ", ".join(parts) or "until stopped"
@@ -68,7 +73,7 @@ class Bench:
     view: View
     budget: Budget
     state: SearchState
-    publish: Callable[[], None]  # mirror the ledger under its ref
+    publish: Callable[[], object]  # mirror the ledger under its ref
     crash_point: Callable[[str], None] = field(default=lambda name: None)  # tests kill here
     _interrupts: int = 0
     _wake: threading.Event = field(default_factory=threading.Event)
@@ -107,7 +112,7 @@ class Bench:
         }
         failures: list[RunFailed] = []
         while futures:
-            for future in [f for f in futures if f.done()]:
+            for future in wait(futures, timeout=POLL_S, return_when=FIRST_COMPLETED).done:
                 self.view.run_over(futures.pop(future))
                 outcome = future.result()
                 if isinstance(outcome, RunDone):
@@ -115,7 +120,6 @@ class Bench:
                 else:
                     failures.append(outcome)
             self.view.tick()
-            time.sleep(POLL_S)
         if any(f.kind == "stopped" for f in failures):
             raise Stopped("stopped")
         return failures
@@ -125,7 +129,7 @@ class Bench:
         if self._interrupts:
             raise Stopped("stopped")
         reason = self.budget.spent(self.state)
-        if reason and reason != "budget.trials":
+        if reason and reason not in ("budget.trials", "budget.keeps"):
             raise Stopped(reason)
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -155,5 +159,5 @@ def infra_stop(failures: Sequence[RunFailed]) -> None:
     if failures:
         f = failures[0]
         raise InfraError(f"run {f.request.run_id} of the incumbent failed ({f.kind}): {f.detail}\n"
-                         f"{f.log_tail.strip()[-1500:]}\nThe incumbent must run; mend this, then start the search again: "
-                         "it resumes here.")
+                         f"{f.log_tail.strip()[-1500:]}\nThe incumbent must run; mend this, then start the search "
+                         "again: it resumes here.")

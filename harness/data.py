@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +77,9 @@ def build_with_progress(
     return folder, manifest
 
 
-def check_report(folder: Path, tokenizer: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """(JSON-able report, lines for people) of ``trainer.data.check``; raises DataError on a broken folder."""
+def check_report(folder: Path, tokenizer: Path | None) -> tuple[dict[str, Any], list[str], bool]:
+    """(JSON-able report, lines for people, sound?) of ``trainer.data.check``."""
     from trainer.data.check import check
 
-    report = check(folder, tokenizer)
-    assert is_dataclass(report)
-    return asdict(report), report.lines()
+    report = check(folder, tokenizer=tokenizer)
+    return report.to_dict(), report.lines(), report.ok

@@ -87,7 +87,7 @@ def _start_over(ws: Workspace, repo: Repo, folder: Path, wanted: dict[str, Any])
     state.mkdir()
     (state / DEMO_FILE).write_text(json.dumps(wanted), encoding="utf-8")
     temp.rename(folder)
-    print(f"scratch workspace {folder}: a clone of {str(wanted['head'])[:12]} with the plain recipe and an empty ledger")
+    print(f"scratch workspace {folder}: a clone of {str(wanted['head'])[:12]}, plain recipe, empty ledger")
 
 
 def _plain(clone: Path) -> None:

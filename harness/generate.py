@@ -79,7 +79,7 @@ def policy() -> str:
                 continue
             values = [getattr(p.prior if prefix else p, f.name) for p in loaded.values()]
             if "valid" in f.metadata:
-                rows.append([f"`{prefix}{f.name}`", *(_short(v) for v in values), f.metadata["doc"], f.metadata["valid"]])
+                rows.append([f"`{prefix}{f.name}`", *map(_short, values), f.metadata["doc"], f.metadata["valid"]])
     return table(["field", *loaded, "meaning", "valid"], rows)
 
 
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
     if stale and "--check" in argv:
         print(f"out of date: {', '.join(stale)}; run `make generate`", file=sys.stderr)
         return 1
-    print(f"generated: {', '.join(stale) or 'nothing to do'}" if "--check" not in argv else "generated files are up to date")
+    print(f"generated: {', '.join(stale)}" if stale else "generated files are up to date")
     return 0
 
 

@@ -46,8 +46,11 @@ class Repo:
     def _git(self, *args: str, env: Mapping[str, str] | None = None, stdin: bytes | None = None) -> str:
         command = ["git", *_FSYNC, *args]
         try:
-            kwargs = {"istream": _as_stream(stdin)} if stdin is not None else {}
-            return str(self.repo.git.execute(command, env={**os.environ, **(env or {})}, **kwargs))
+            with tempfile.TemporaryFile() as stream:
+                if stdin is not None:
+                    stream.write(stdin)
+                    stream.seek(0)
+                return str(self.repo.git.execute(command, env={**os.environ, **(env or {})}, istream=stream))
         except git.GitCommandError as e:
             raise InfraError(f"git {' '.join(args[:3])}: {str(e.stderr).strip() or e}") from e
 
@@ -84,6 +87,12 @@ class Repo:
         if not self._git("ls-tree", commit, "--", path):
             return None
         return self.repo.git.execute(["git", "cat-file", "blob", f"{commit}:{path}"], strip_newline_in_stdout=False)
+
+    def trailers(self, commit: str) -> dict[str, str]:
+        """Trailers of a commit message (the last one of a name wins)."""
+        out = self._git("log", "-1", "--format=%(trailers:only=true,unfold=true)", commit)
+        pairs = (line.partition(": ") for line in out.splitlines())
+        return {key: value for key, sep, value in pairs if sep}
 
     def dirty_paths(self) -> list[str]:
         """Tracked files that differ from HEAD in index or work tree, the ledger aside."""
@@ -148,6 +157,25 @@ class Repo:
             moved.append(path)
         return moved
 
+    def commit_file(self, path: str, message: str) -> str:
+        """Commit one file as it is on disk, in the person's name if git knows it; "" when nothing changed.
+
+        Other staged changes stay staged and are not part of the commit.
+        """
+        self._git("add", "--", path)
+        if not self._git("diff", "--cached", "--name-only", "--", path):
+            return ""
+        known = {k: v for k, v in IDENTITY.items() if not self._has_identity()}
+        self._git("-c", "commit.gpgSign=false", "commit", "--quiet", "--only", "-m", message, "--", path, env=known)
+        return self.rev("HEAD") or ""
+
+    def _has_identity(self) -> bool:
+        try:
+            self._git("var", "GIT_COMMITTER_IDENT")
+            return True
+        except InfraError:
+            return False
+
     def worktree(self, folder: Path, commit: str) -> None:
         """Make ``folder`` a clean, detached worktree at ``commit``, whatever state a kill left it in."""
         if (folder / ".git").is_file():
@@ -164,13 +192,6 @@ class Repo:
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._git("worktree", "prune")
         self._git("worktree", "add", "--quiet", "--force", "--detach", str(folder), commit)
-
-
-def _as_stream(data: bytes):  # noqa: ANN202 - a private temporary file
-    stream = tempfile.TemporaryFile()
-    stream.write(data)
-    stream.seek(0)
-    return stream
 
 
 def open_repo(root: Path) -> Repo:

@@ -15,12 +15,13 @@ from harness.tracks import get_track
 from harness.workspace import DEMO_DIR, Workspace, recipe_path
 from ledger.queries import lineage
 from ledger.records import RunFigures
-from ledger.render import lineage_tree
+from ledger.render_lineage import lineage_tree
 from ledger.store import Ledger
 from trainer.knobs import Knob
 
 REASONS = {
     "budget.trials": "all trials decided",
+    "budget.keeps": "as many kept as asked for",
     "budget.hours": "the hours are over",
     "budget.until": "the time of day is reached",
     "stopped": "stopped by you; the same command resumes",

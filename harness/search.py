@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class SearchOptions:
     trials: int | None = None
     deadline: float | None = None
     why_deadline: str = "budget.hours"
+    keeps: int | None = None  # stop at so many keeps in all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,14 @@ class SearchOutcome:
     seconds: float
 
 
-def run_search(ws: Workspace, options: SearchOptions, view: View, proposal: Proposal | None = None) -> SearchOutcome:
-    """Run or resume a search; with ``proposal``, judge just that one. Raises UserError, LedgerError, InfraError."""
+def run_search(
+    ws: Workspace, options: SearchOptions, view: View, proposal: Proposal | None = None,
+    make_executor: Callable[..., LocalExecutor] = LocalExecutor,
+) -> SearchOutcome:
+    """Run or resume a search; with ``proposal``, judge just that one. Raises UserError, LedgerError, InfraError.
+
+    ``make_executor`` takes LocalExecutor's arguments (tests and benchmarks put their own there).
+    """
     require_own_code(ws)
     track = get_track(options.track)
     name = options.name or track.name
@@ -78,11 +85,11 @@ def run_search(ws: Workspace, options: SearchOptions, view: View, proposal: Prop
         _refuse_dirty(repo)
         _catch_up(repo, branch, view)
         data_dir, data_hash = ensure_data(ws, track, view.note)
-        budget = Budget(options.trials, options.deadline, options.why_deadline)
-        if proposal is None and budget.spent(state) == "budget.trials":
+        budget = Budget(options.trials, options.deadline, options.why_deadline, options.keeps)
+        if proposal is None and budget.spent(state) in ("budget.trials", "budget.keeps"):
             publish_ref(ws.main, ws.ledger)
             return SearchOutcome(search=name, reason="nothing-to-do", state=state, seconds=0.0)
-        with _executor(ws, repo, track, data_dir) as executor:
+        with _executor(ws, repo, track, data_dir, make_executor) as executor:
             fp, parts = fingerprint(track, data_hash, executor.evaluator_hash)
             bench = Bench(
                 search=name, seed=_seed(options, state), branch=branch, track=track, policy=load_policy(track.name),
@@ -102,10 +109,12 @@ def open_ledger(ws: Workspace, view: View | None = None) -> Ledger:
 
 
 @contextlib.contextmanager
-def _executor(ws: Workspace, repo: Repo, track: Track, data_dir: Path) -> Iterator[LocalExecutor]:
+def _executor(
+    ws: Workspace, repo: Repo, track: Track, data_dir: Path, make: Callable[..., LocalExecutor]
+) -> Iterator[LocalExecutor]:
     pinned = repo.rev("HEAD")
     assert pinned
-    executor = LocalExecutor(repo=repo, track=track, data_dir=data_dir, runs=ws.runs, slots=ws.slots, pinned=pinned)
+    executor = make(repo=repo, track=track, data_dir=data_dir, runs=ws.runs, slots=ws.slots, pinned=pinned)
     try:
         yield executor
     finally:

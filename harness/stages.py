@@ -128,7 +128,8 @@ def _preflight_problem(bench: Bench, run: RunFigures, predicted: int) -> tuple[s
     if run.step_ms > 1000 * track.step_time_limit_s:
         return "rejected.runtime", f"{run.step_ms:.0f} ms a step; the track allows {1000 * track.step_time_limit_s:.0f}"
     if run.peak_memory_bytes > track.memory_limit_bytes:
-        return "rejected.runtime", f"{run.peak_memory_bytes:,} bytes of memory; the track allows {track.memory_limit_bytes:,}"
+        return "rejected.runtime", (f"{run.peak_memory_bytes:,} bytes of memory; the track allows "
+                                    f"{track.memory_limit_bytes:,}")
     return None
 
 

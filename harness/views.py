@@ -209,7 +209,7 @@ class LiveView:
         runs.add_column(width=6)
         runs.add_column(ratio=3)
         runs.add_column(justify="right", width=18, no_wrap=True)
-        for run in sorted(list(self._runs.values()), key=lambda r: r.title):
+        for run in sorted(self._runs.values(), key=lambda r: r.title):
             loss = f"{run.loss:.3f} " if run.loss is not None else ""
             count = f"{run.done}/{run.of}" if run.of else f"{time.monotonic() - run.begin:.0f} s"
             runs.add_row(run.title, Text(run.phase, style="blue"),

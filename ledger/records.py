@@ -44,13 +44,13 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     """Base of all bodies."""
 
 
-class Genesis(Body):
+class Genesis(Body, frozen=True):
     schema: int
     note: str = ""
 
 
-class Repair(Body):
-    """A torn tail was cut off. ``torn_hex`` carries the bytes (``sidecar`` names the file if they are long)."""
+class Repair(Body, frozen=True):
+    """A torn tail was cut off. ``torn_hex`` carries the bytes; ``sidecar`` names their file if long."""
 
     torn_bytes: int
     torn_hex: str = ""
@@ -58,7 +58,7 @@ class Repair(Body):
     sha256: str = ""
 
 
-class SearchStarted(Body):
+class SearchStarted(Body, frozen=True):
     track: str
     fingerprint: str  # measurement fingerprint: numbers compare only within it
     fingerprint_parts: dict[str, str]
@@ -75,14 +75,14 @@ class SearchStarted(Body):
     environment: dict[str, str] = {}
 
 
-class SearchEnded(Body):
+class SearchEnded(Body, frozen=True):
     reason: str  # budget.trials | budget.hours | budget.until | stopped | exhausted
     decided: int
     kept: int
     seconds: float
 
 
-class RunFigures(Body):
+class RunFigures(Body, frozen=True):
     """One measured run: the trainer's figures and the referee's, side by side."""
 
     run_id: str
@@ -111,7 +111,7 @@ class RunFigures(Body):
     attempt: int = 1
 
 
-class ControlEnded(Body):
+class ControlEnded(Body, frozen=True):
     """A run of the incumbent: the other side of every pair."""
 
     stage: str  # breadth | confirm
@@ -122,7 +122,7 @@ class ControlEnded(Body):
     run: RunFigures
 
 
-class TrialProposed(Body):
+class TrialProposed(Body, frozen=True):
     number: int
     kind: str  # knobs | patch
     agent: str
@@ -148,7 +148,7 @@ class TrialProposed(Body):
     latency_s: float = 0.0
 
 
-class PreflightPassed(Body):
+class PreflightPassed(Body, frozen=True):
     seconds: float
     artifact_bytes: int
     code_bytes: int
@@ -158,30 +158,30 @@ class PreflightPassed(Body):
     checks: list[str]
 
 
-class PreflightRefused(Body):
+class PreflightRefused(Body, frozen=True):
     reason: str  # a reason code: rejected.duplicate | rejected.bytes | failed.export ...
     detail: str
     seconds: float = 0.0
 
 
-class StageStarted(Body):
+class StageStarted(Body, frozen=True):
     k: int
     seed: int
     run_id: str
     attempt: int = 1
 
 
-class StageEnded(Body):
+class StageEnded(Body, frozen=True):
     run: RunFigures
 
 
-class SubCheck(Body):
+class SubCheck(Body, frozen=True):
     name: str
     passed: bool
     detail: str
 
 
-class Look(Body):
+class Look(Body, frozen=True):
     """One group-sequential look at the paired differences (control minus candidate; positive = better)."""
 
     n: int
@@ -195,7 +195,7 @@ class Look(Body):
     decision: str  # keep | reject | continue
 
 
-class Decided(Body):
+class Decided(Body, frozen=True):
     verdict: str  # keep | reject
     reason: str  # kept.gain | rejected.worse | rejected.noise | rejected.immaterial | ...
     explanation: str
@@ -213,9 +213,11 @@ class Decided(Body):
     sigma: float | None = None
     sigma_df: float | None = None
     cost_seconds: float = 0.0  # worker-seconds spent on this trial
+    cap_bytes: int = 0  # the track's cap that the worst seed was held against (0: bytes were not judged)
+    needed_pairs: int = 0  # only in a gate's "continue", which is never written: pairs of the next look
 
 
-class CommitIntent(Body):
+class CommitIntent(Body, frozen=True):
     """Everything needed to rebuild the commit object bit for bit."""
 
     sha: str
@@ -228,19 +230,19 @@ class CommitIntent(Body):
     config_hash: str
 
 
-class CommitDone(Body):
+class CommitDone(Body, frozen=True):
     sha: str
     branch: str
     recovered: bool = False
 
 
-class CommitVoid(Body):
+class CommitVoid(Body, frozen=True):
     sha: str
     reason: str
 
 
-class TrialFailed(Body):
-    reason: str  # failed.crash | failed.oom | failed.nan | failed.timeout | failed.hang | failed.export | failed.infra
+class TrialFailed(Body, frozen=True):
+    reason: str  # failed.crash | oom | nan | timeout | hang | export | infra (with the prefix "failed.")
     stage: str
     detail: str
     run_id: str = ""
@@ -248,11 +250,11 @@ class TrialFailed(Body):
     cost_seconds: float = 0.0
 
 
-class TrialAbandoned(Body):
+class TrialAbandoned(Body, frozen=True):
     reason: str
 
 
-class NoiseMeasured(Body):
+class NoiseMeasured(Body, frozen=True):
     stage: str
     sigma_unpaired: float
     n: int
@@ -260,7 +262,7 @@ class NoiseMeasured(Body):
     source: str
 
 
-class Finding(Body):
+class Finding(Body, frozen=True):
     """Prediction against outcome: what the trial taught."""
 
     line: str
@@ -270,7 +272,7 @@ class Finding(Body):
     lesson: str
 
 
-class Note(Body):
+class Note(Body, frozen=True):
     text: str
 
 

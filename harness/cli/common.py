@@ -27,6 +27,8 @@ PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines instead 
 def user_errors() -> tuple[type[Exception], ...]:
     """Exceptions that are a person's to mend: message on stderr, exit code 2."""
     from agent.knowledge import KnowledgeError
+    from agent.proposers import ProposerError
+    from agent.proposers.manual import ManualError
     from harness.gate.noise import NoiseError
     from harness.gate.policy import PolicyError
     from ledger.errors import LedgerError
@@ -34,7 +36,10 @@ def user_errors() -> tuple[type[Exception], ...]:
     from trainer.data.errors import DataError
     from trainer.knobs import KnobError
 
-    return (UserError, KnobError, ContractError, LedgerError, PolicyError, NoiseError, DataError, KnowledgeError)
+    return (
+        UserError, KnobError, ContractError, LedgerError, PolicyError, NoiseError, DataError, KnowledgeError,
+        ManualError, ProposerError,
+    )
 
 
 def guard(command: Callable[P, R]) -> Callable[P, R]:

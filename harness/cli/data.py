@@ -17,7 +17,8 @@ app = typer.Typer(no_args_is_help=True, help="Build and check token shards.")
 @guard
 def build(
     source: Annotated[
-        str, typer.Option("--from", metavar="SOURCE", help="embedded | FILE.jsonl | FILE.jsonl.zst | text file or folder")
+        str,
+        typer.Option("--from", metavar="SOURCE", help="embedded | FILE.jsonl | FILE.jsonl.zst | text file or folder"),
     ] = "embedded",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to create.")] = None,
     vocab_size: Annotated[int, typer.Option("--vocab-size", help="Vocabulary of the tokenizer to train.")] = 1024,
@@ -61,8 +62,10 @@ def check(
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that holds *_train_*.bin or *_val_*.bin shards")
-    report, lines = check_report(folder, tokenizer)
+    report, lines, ok = check_report(folder, tokenizer)
     if json_:
         print_json(report)
     else:
         print("\n".join(lines))
+    if not ok:
+        raise typer.Exit(1)

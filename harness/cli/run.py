@@ -20,9 +20,13 @@ from harness.cli.common import (
 from harness.errors import UserError
 
 TrackOption = Annotated[str, typer.Option("--track", "-t", help="Measurement protocol: pocket, nano.")]
-NameOption = Annotated[str, typer.Option("--name", help="Name of the search (its branch is search/NAME). Default: the track's.")]
+NameOption = Annotated[
+    str, typer.Option("--name", help="Name of the search (its branch is search/NAME). Default: the track's.")
+]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="KNOB=VALUE", help="May be given several times.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the search: proposals and runs follow from it.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Seed of the search: proposals and runs follow from it.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -86,7 +90,9 @@ def search(
 def try_(
     sets: SetOption = [],  # noqa: B006 - typer copies it
     why: Annotated[str, typer.Option("--why", help="Your hypothesis: why this should help.")] = "",
-    patch: Annotated[str, typer.Option("--patch", metavar="FILE", help="A unified diff (refused until the sandbox exists).")] = "",
+    patch: Annotated[
+        str, typer.Option("--patch", metavar="FILE", help="A unified diff (refused until the sandbox exists).")
+    ] = "",
     track: TrackOption = "pocket",
     name: NameOption = "",
     plain: PlainOption = False,
@@ -103,15 +109,18 @@ def try_(
     if patch:
         raise UserError(f"--patch {patch}: code proposals are refused until the sandbox that must contain them exists; "
                         "knob changes (--set) run everywhere")
-    knobs_now = incumbent_knobs(ws, get_track(track), name or track)
-    proposal = manual_proposal(parse_sets(sets), why, knobs_now)
+    protocol = get_track(track)
+    now = incumbent_knobs(ws, protocol, name or track)
+    proposal = manual_proposal(sets, why, incumbent=now, locked=protocol.locked)
     outcome = run_search(ws, SearchOptions(track=track, name=name), make_view(plain), proposal)
     print_search(ws, outcome)
 
 
 @guard
 def train(
-    track: Annotated[str, typer.Option("--track", "-t", help="TRACK/STAGE, for example pocket/confirm.")] = "pocket/confirm",
+    track: Annotated[
+        str, typer.Option("--track", "-t", help="TRACK/STAGE, for example pocket/confirm.")
+    ] = "pocket/confirm",
     sets: SetOption = [],  # noqa: B006
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the run.")] = 1,
     json_: JsonOption = False,

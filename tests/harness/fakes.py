@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
 
-from harness.executor import EventSink, RunDone, RunFailed, RunRequest
+from harness.executor import EventSink, LocalExecutor, RunDone, RunFailed, RunRequest
 from harness.views import PlainView
 from ledger.records import RunFigures
 
@@ -32,8 +32,8 @@ def world(request: RunRequest) -> float:
     return 2.4 + bowl + 0.02 * unit("seed", request.seed) + own
 
 
-class FakeExecutor:
-    """Same constructor and methods as LocalExecutor. Class attributes steer it from a test."""
+class FakeExecutor(LocalExecutor):
+    """LocalExecutor without processes and worktrees. Class attributes steer it from a test."""
 
     world: ClassVar[Callable[[RunRequest], float]] = staticmethod(world)
     fails: ClassVar[Callable[[RunRequest], RunFailed | None]] = staticmethod(lambda request: None)
@@ -74,7 +74,8 @@ def fake_figures(request: RunRequest, bpb: float) -> RunFigures:
     params = 100 * int(request.knobs["model_dim"]) * int(request.knobs["num_layers"])
     return RunFigures(
         run_id=request.run_id, seed=request.seed, k=request.k, val_bpb=bpb, val_loss=bpb * 1.6,
-        artifact_bytes=params * 7 // 8, code_bytes=20_000, artifact_sha256=hashlib.sha256(repr(bpb).encode()).hexdigest(),
+        artifact_bytes=params * 7 // 8, code_bytes=20_000,
+        artifact_sha256=hashlib.sha256(repr(bpb).encode()).hexdigest(),
         train_seconds=1.0, eval_seconds=0.1, wall_seconds=1.5, step_ms=10.0, steps=int(request.knobs["iterations"]),
         tokens=1000, params=params, peak_memory_bytes=10**8, final_train_loss=4.0, split=request.split,
         eval_tokens=1024, eval_bytes=2400, tree_hash="t" * 64, evaluator_hash="e" * 64, data_fingerprint="d" * 64,

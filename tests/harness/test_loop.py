@@ -32,7 +32,6 @@ TRACK = "nano"
 @pytest.fixture(autouse=True)
 def fake_world(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeExecutor.reset()
-    monkeypatch.setattr(search_module, "LocalExecutor", FakeExecutor)
     monkeypatch.setattr(search_module, "ensure_data", lambda ws, track, note: (Path("/nowhere"), "d" * 64))
     monkeypatch.setattr(search_module, "require_own_code", lambda ws: None)
 
@@ -44,7 +43,7 @@ def ws(checkout: Path) -> Workspace:
 
 def go(ws: Workspace, trials: int = 6, **options: Any) -> SearchState:
     """Search and return the state as a fresh reader of the ledger sees it."""
-    run_search(ws, SearchOptions(track=TRACK, trials=trials, **options), SilentView())
+    run_search(ws, SearchOptions(track=TRACK, trials=trials, **options), SilentView(), make_executor=FakeExecutor)
     return read(ws)
 
 
@@ -94,7 +93,7 @@ def test_a_search_keeps_what_helps_and_stops_at_its_budget(ws: Workspace) -> Non
 def test_again_prints_instead_of_running(ws: Workspace) -> None:
     go(ws, trials=2)
     n = len(FakeExecutor.calls)
-    outcome = run_search(ws, SearchOptions(track=TRACK, trials=2), SilentView())
+    outcome = run_search(ws, SearchOptions(track=TRACK, trials=2), SilentView(), make_executor=FakeExecutor)
     assert (outcome.reason, len(FakeExecutor.calls)) == ("nothing-to-do", n)
     assert go(ws, trials=3).decided == 3
 
@@ -178,9 +177,8 @@ def summary(state: SearchState) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("step", ["build_tree", "build_commit", "pin", "intent", "swap", "bring_along", "done"])
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("checked_out", [False, True])
 def test_killed_at_any_step_of_the_keep(
-    ws: Workspace, step: str, before: bool, checked_out: bool, monkeypatch: pytest.MonkeyPatch
+    ws: Workspace, step: str, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kill before and after every step of the transaction; the restart commits exactly once."""
     wound(monkeypatch, step, before)
@@ -191,8 +189,6 @@ def test_killed_at_any_step_of_the_keep(
             break
         except Killed:
             killed += 1
-            if checked_out and killed == 1 and git(ws.root, "symbolic-ref", "HEAD") == "refs/heads/main":
-                continue
     else:
         pytest.fail("it never came to its end")
     assert killed == 1
@@ -237,11 +233,15 @@ def test_the_checked_out_search_branch_is_brought_along(ws: Workspace) -> None:
     assert git(ws.root, "rev-parse", "HEAD") == git(ws.root, "rev-parse", f"search/{TRACK}")
 
 
-def test_a_kill_between_ref_and_files_is_healed(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["swap", "bring_along"])
+def test_a_kill_between_ref_and_files_is_healed(
+    ws: Workspace, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go(ws, trials=1)
     git(ws.root, "checkout", "-q", f"search/{TRACK}")
     with monkeypatch.context() as m:
-        wound(m, "bring_along", True)
+        m.setattr(search_module, "_heal_checkout", lambda *args: None)  # it is not what is to be killed
+        wound(m, step, step == "bring_along")
         with pytest.raises(Killed):
             go(ws, trials=8)
     assert git(ws.root, "status", "--porcelain", "--untracked-files=no") != ""
@@ -251,10 +251,10 @@ def test_a_kill_between_ref_and_files_is_healed(ws: Workspace, monkeypatch: pyte
 
 
 def test_a_dirty_tree_is_refused_and_nothing_is_written(ws: Workspace) -> None:
-    (ws.root / "README.md").write_text("mine\n")
-    with pytest.raises(UserError, match=r"README\.md.*[Cc]ommit or stash"):
+    (ws.root / "Makefile").write_text("mine\n")
+    with pytest.raises(UserError, match=r"Makefile.*[Cc]ommit or stash"):
         go(ws)
-    assert (ws.root / "README.md").read_text() == "mine\n"
+    assert (ws.root / "Makefile").read_text() == "mine\n"
     assert not ws.ledger.exists()
 
 
@@ -289,7 +289,8 @@ def test_failures_are_named_and_the_search_goes_on(ws: Workspace) -> None:
     bad: list[str] = []
 
     def fails(request: Any) -> RunFailed | None:
-        if request.owner.startswith("nano-") and request.stage == "confirm" and request.owner not in bad and len(bad) < 2:
+        mine = request.owner.startswith("nano-") and request.stage == "confirm"
+        if mine and request.owner not in bad and len(bad) < 2:
             bad.append(request.owner)
             return RunFailed(request=request, kind="nan", detail="loss is not finite at step 3", log_tail="tail")
         return None
@@ -317,21 +318,21 @@ def test_the_machines_failures_stop_the_search_and_are_not_held_against_ideas(ws
 
 
 def test_the_incumbents_own_failure_is_an_error_with_its_log(ws: Workspace) -> None:
-    FakeExecutor.fails = staticmethod(lambda r: RunFailed(request=r, kind="crash", detail="boom", log_tail="Traceback x"))
+    FakeExecutor.fails = staticmethod(lambda r: RunFailed(request=r, kind="crash", detail="boom", log_tail="x"))
     with pytest.raises(InfraError, match="boom"):
         go(ws)
 
 
 def test_a_person_tries_through_the_same_door(ws: Workspace) -> None:
     proposal = Proposal(line="manual", hypothesis="lower is better here", change={"matrix_lr": 0.015}, move="manual")
-    run_search(ws, SearchOptions(track=TRACK), SilentView(), proposal)
+    run_search(ws, SearchOptions(track=TRACK), SilentView(), proposal, FakeExecutor)
     state = read(ws)
     (trial,) = state.trials.values()
     assert trial.verdict == "keep" and trial.proposed.agent == "person"
-    run_search(ws, SearchOptions(track=TRACK), SilentView(), proposal)
+    run_search(ws, SearchOptions(track=TRACK), SilentView(), proposal, FakeExecutor)
     assert [t.reason for t in read(ws).trials.values()][1] == "rejected.duplicate"
     locked = Proposal(line="manual", hypothesis="x", change={"train_seq_len": 64})
-    run_search(ws, SearchOptions(track=TRACK), SilentView(), locked)
+    run_search(ws, SearchOptions(track=TRACK), SilentView(), locked, FakeExecutor)
     refused = list(read(ws).trials.values())[2]
     assert refused.reason == "refused.invalid" and refused.refused and "fixed by track" in refused.refused.detail
 
@@ -378,4 +379,5 @@ def test_new_trainer_code_on_main_is_caught_up_or_refused(ws: Workspace) -> None
     git(ws.root, "merge", "-q", "--no-edit", f"search/{TRACK}", **env)
     after = go(ws, trials=7)
     assert after.decided == 7
-    assert subprocess.run(["git", "merge-base", "--is-ancestor", "main", f"search/{TRACK}"], cwd=ws.root).returncode == 0
+    contained = ["git", "merge-base", "--is-ancestor", "main", f"search/{TRACK}"]
+    assert subprocess.run(contained, cwd=ws.root, check=False).returncode == 0
