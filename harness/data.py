@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.tracks import Track
 from harness.workspace import Workspace
-from trainer.data.build import build
+from trainer.data.build import BuildError, build
 from trainer.data.manifest import Manifest, load_manifest
 
 EMBEDDED = "embedded"
@@ -44,7 +45,16 @@ def ensure_data(ws: Workspace, track: Track, note: Callable[[str], None]) -> tup
             shown.add(stage)
             note({"tokenizer": "  training the tokenizer", "encode": "  writing shards"}[stage])
 
-    manifest = build(EMBEDDED, folder, progress=progress)
+    try:
+        manifest = build(EMBEDDED, folder, progress=progress)
+    except BuildError as e:
+        if not folder.is_dir():
+            raise
+        # Ours to mend: the folder is a cache of this project, made by an older builder or another Python.
+        old = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%dT%H%M%S')}")
+        note(f"the embedded corpus is built anew ({e}); the old one is kept in {old.name}")
+        folder.rename(old)
+        manifest = build(EMBEDDED, folder, progress=progress)
     if shown:
         tokens = {name: s.tokens for name, s in manifest.splits.items()}
         note("  " + ", ".join(f"{name} {n:,} tokens" for name, n in tokens.items()))

@@ -67,6 +67,7 @@ def main_score(spec_path: Path) -> int:
         spec = load(ScoreSpec, spec_path)
         _check_spec(spec)
         out_dir = Path(spec.out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / SCORE_FILE).unlink(missing_ok=True)
     except (ContractError, OSError) as e:
         print(f"score: {e}", file=sys.stderr)
@@ -95,8 +96,6 @@ def _check_spec(spec: ScoreSpec) -> None:
         raise ContractError(f"ScoreSpec.device = {spec.device!r}: expected cpu, cuda or cuda:N")
     if not re.fullmatch(r"[0-9a-f]{64}", spec.artifact_sha256):
         raise ContractError(f"ScoreSpec.artifact_sha256 = {spec.artifact_sha256!r}: expected 64 hex digits")
-    if not Path(spec.out_dir).is_dir():
-        raise ContractError(f"ScoreSpec.out_dir = {spec.out_dir!r}: no such folder")
 
 
 class _Events:

@@ -13,8 +13,8 @@ from agent.proposers._history import Probe, Trend, keeps, near_misses, number, t
 from agent.sizes import iso_byte_shapes
 from trainer.knobs import REGISTRY, Knob, KnobValue
 
-AGAINST_EVIDENCE = 0.2
-"""Weight of a rung that the evidence does not point to, against 1 for one that it does."""
+AGAINST_EVIDENCE = 0.35
+"""Weight of a step that the evidence does not point to, against 1 for one that it does."""
 
 WITH_THE_WIND = 1.5
 """Weight factor for a rung beyond one that was just kept."""
@@ -40,6 +40,7 @@ class Candidate:
     why: str
     move: Move
     records: tuple[str, ...] = ()  # trial ids
+    against: bool = False  # the other way than the evidence points
 
 
 def candidates(move: Move, context: Context) -> Iterator[Candidate]:
@@ -54,6 +55,7 @@ def candidates(move: Move, context: Context) -> Iterator[Candidate]:
             yield Candidate(
                 kind=candidate.kind, change=change, bpb=candidate.bpb, why=candidate.why, move=candidate.move,
                 weight=candidate.weight * _repeated(change, context), records=candidate.records,
+                against=candidate.against,
             )
 
 
@@ -109,35 +111,53 @@ def _direction(
 def _ladder(move: Move, context: Context) -> Iterator[Candidate]:
     knob = REGISTRY.get(move.ladder)
     here = context.incumbent[knob.name]
-    if number(here) is None:
+    position = number(here)
+    if position is None:
         for value in knob.ladder:
             yield Candidate(
                 kind="toggle", change={knob.name: value}, bpb=move.bpb, weight=_size(move.bpb), why=move.why,
                 move=move,
             )
         return
-    position = float(here)
-    rungs = sorted(float(v) for v in knob.ladder)
-    steps = (
-        ("up", next((v for v in rungs if v > position), None)),
-        ("down", next((v for v in reversed(rungs) if v < position), None)),
-    )
-    for toward, rung in steps:
-        if rung is None:
-            continue
-        value = knob.parse(rung)
-        factor, measured, seen = _direction(move, knob, value, context)
-        pointed = not move.toward or toward == move.toward
-        base = 1.0 if pointed or factor == WITH_THE_WIND else AGAINST_EVIDENCE
-        bpb = measured if measured is not None else move.bpb if pointed else move.bpb / 4
-        why = move.why if pointed else f"the other way round, as a check: {move.why}"
-        if factor == WITH_THE_WIND:
-            why = "the last step in this direction was kept"
-        yield Candidate(
-            kind="ladder", change={knob.name: value}, bpb=bpb, weight=_size(bpb) * base * factor, why=why,
-            move=move, records=tuple(seen),
-        )
+    yield from _rungs(move, knob, position, context)
     yield from _brackets(move, knob, position, trend(context, knob.name))
+
+
+def _rungs(move: Move, knob: Knob, here: float, context: Context) -> Iterator[Candidate]:
+    """The next rung on the way that was kept last, else where the evidence points, else on both sides.
+
+    The side that the evidence does not point to is offered once the pointed one is blocked or at its
+    end; the way back from a keep is left to the brackets.
+    """
+    known = trend(context, knob.name)
+    rungs = sorted(float(v) for v in knob.ladder)
+    steps = {
+        "up": next((v for v in rungs if v > here), None),
+        "down": next((v for v in reversed(rungs) if v < here), None),
+    }
+    lost = {side: v is not None and _lost(known, v, here) for side, v in steps.items()}
+    pointed = steps.get(move.toward)
+    open_ahead = pointed is not None and not lost[move.toward]
+    for side, rung in steps.items():
+        if rung is None or lost[side]:
+            continue
+        rising = known.rising(rung, here)
+        against = not rising and bool(move.toward) and side != move.toward
+        if (against and open_ahead) or (known.winner is not None and not rising):
+            continue
+        factor, measured, seen = _direction(move, knob, knob.parse(rung), context)
+        bpb = measured if measured is not None else move.bpb / 4 if against else move.bpb
+        yield Candidate(
+            kind="ladder", change={knob.name: knob.parse(rung)}, bpb=bpb, move=move, records=tuple(seen),
+            weight=_size(bpb) * factor * (AGAINST_EVIDENCE if against else 1.0), against=against,
+            why="the last step in this direction was kept" if rising else move.why,
+        )
+
+
+def _lost(known: Trend, value: float, here: float) -> bool:
+    """Whether a step towards ``value``, no longer than this one, was measured worse from here."""
+    blocked = known.blocked(value, here)
+    return blocked is not None and blocked.score <= -1
 
 
 def _brackets(move: Move, knob: Knob, here: float, known: Trend) -> Iterator[Candidate]:
@@ -213,7 +233,7 @@ def _reshape(move: Move, context: Context) -> Iterator[Candidate]:
         weight = _size(move.bpb) / (1 + 0.5 * rank) * (1.0 if pointed else AGAINST_EVIDENCE)
         yield Candidate(
             kind="reshape", change=change, bpb=move.bpb if pointed else move.bpb / 4, weight=weight,
-            why=move.why, move=move,
+            why=move.why, move=move, against=not pointed,
         )
 
 

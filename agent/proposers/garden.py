@@ -20,6 +20,10 @@ from agent.sizes import predict_bytes, predict_step_time
 from trainer.knobs import REGISTRY, KnobError, KnobValue
 
 Knobs = dict[str, KnobValue]
+TURNED = (
+    "{change}: the way that the evidence points is closed here, so the optimum may lie on the other side; "
+    "expected {bpb} bpb on {track}."
+)
 
 
 class Garden:
@@ -78,12 +82,13 @@ class Garden:
     ) -> Proposal:
         change = {name: resolved[name] for name in candidate.change}
         words = ", ".join(f"{n} {_show(context.incumbent[n])} -> {_show(v)}" for n, v in change.items())
-        text = line.hypothesis.format(change=words, bpb=f"{candidate.bpb:+.4f}", track=context.track)
+        template = TURNED if candidate.against else line.hypothesis
+        text = template.format(change=words, bpb=f"{candidate.bpb:+.4f}", track=context.track)
         evidence = dict.fromkeys((*candidate.move.evidence, *line.evidence))
         slower = predict_step_time(context.incumbent, resolved) + candidate.move.time_frac
         return Proposal(
             line=line.id,
-            hypothesis=f"{text} Here: {candidate.why}. (Chance of a keep by our record: {chance:.0%}.)",
+            hypothesis=f"{text} Why: {candidate.why}. Chance of a keep on this line, by our record: {chance:.0%}.",
             change=change,
             move=candidate.kind,
             predicted={

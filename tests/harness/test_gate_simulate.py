@@ -154,7 +154,9 @@ def test_design_puts_what_meets_the_targets_first_and_cheapest() -> None:
     assert not any(c.meets for c in choices if c.alpha == 0.4)
 
 
-@pytest.mark.parametrize(("null", "gain", "share"), [(0.005, 0.9, 0.0476190), (0.0, 0.5, 0.0), (0.0, 0.0, 0.0), (0.1, 0.9, 0.5)])
+@pytest.mark.parametrize(("null", "gain", "share"), [
+    (0.005, 0.9, 0.0476190), (0.0, 0.5, 0.0), (0.0, 0.0, 0.0), (0.1, 0.9, 0.5),
+])
 def test_false_share_is_bayes(null: float, gain: float, share: float) -> None:
     assert false_share(null, gain) == pytest.approx(share, abs=1e-6)
 

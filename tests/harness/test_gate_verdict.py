@@ -30,7 +30,9 @@ difference = st.floats(-0.05, 0.05)
 differences = st.lists(difference, min_size=4, max_size=4)
 
 
-def judge(policy: Policy, both: tuple[list[RunFigures], list[RunFigures]], cap: int = CAP, noise: Noise = NOISE) -> Decided:
+def judge(
+    policy: Policy, both: tuple[list[RunFigures], list[RunFigures]], cap: int = CAP, noise: Noise = NOISE,
+) -> Decided:
     return confirm_step(policy, *both, noise, cap)
 
 
@@ -111,7 +113,9 @@ def test_a_slow_candidate_is_refused_by_the_median() -> None:
 
 
 @pytest.mark.parametrize("noise", [NOISE, UNPAIRED])
-@pytest.mark.parametrize("d", [[0.03, 0.031, 0.029, 0.03], [0.004, -0.001, 0.006, 0.0], [-0.01] * 4, [0.2, 0.1, 0.0, 0.1]])
+@pytest.mark.parametrize("d", [
+    [0.03, 0.031, 0.029, 0.03], [0.004, -0.001, 0.006, 0.0], [-0.01] * 4, [0.2, 0.1, 0.0, 0.1],
+])
 def test_looks_against_textbook_formulas(d: list[float], noise: Noise) -> None:
     """Every look recomputed with numpy and scipy.stats alone."""
     both = gains(d)
@@ -206,7 +210,8 @@ def test_more_runs_never_change_an_earlier_look(d: list[float]) -> None:
     ({"evaluator_hash": "other"}, "evaluator_hash"), ({"data_fingerprint": "other"}, "data_fingerprint"),
     ({"split": "dev"}, "split"), ({"eval_tokens": 1}, "eval_tokens"), ({"eval_bytes": 1}, "eval_bytes"),
     ({"seed": 7}, "seed"), ({"tree_hash": "other"}, "tree"), ({"val_bpb": math.nan}, "val_bpb"),
-    ({"val_bpb": math.inf}, "val_bpb"), ({"val_bpb": -1.0}, "val_bpb"), ({"final_train_loss": math.nan}, "final_train_loss"),
+    ({"val_bpb": math.inf}, "val_bpb"), ({"val_bpb": -1.0}, "val_bpb"),
+    ({"final_train_loss": math.nan}, "final_train_loss"),
     ({"step_ms": 0.0}, "step_ms"), ({"artifact_bytes": 0}, "artifact_bytes"), ({"k": 0}, "k"),
     ({"run_id": "x0"}, "run_id"),
 ])
@@ -303,8 +308,8 @@ def tampered() -> list[tuple[str, Decided]]:
                 edited = [replace(r, step_ms=1.0) for r in runs]
             out.append((f"{side} {next(iter(change))}", replace(base, **{side: edited})))
     for name in ("n", "mean", "se", "sigma", "df", "boundary", "futility", "lower"):
-        look = base.looks[-1]
-        out.append((f"look {name}", replace(base, looks=[*base.looks[:-1], replace(look, **{name: getattr(look, name) + 1})])))
+        last = replace(base.looks[-1], **{name: getattr(base.looks[-1], name) + 1})
+        out.append((f"look {name}", replace(base, looks=[*base.looks[:-1], last])))
     return out
 
 

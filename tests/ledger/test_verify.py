@@ -111,8 +111,9 @@ BREACHES: list[tuple[str, list[tuple[str, Body]], int, str]] = [
         ("preflight.passed", passed()), ("decided", decided("keep", reason="rejected.noise")),
         ("commit.intent", intent()), ("commit.done", CommitDone(sha="1" * 40, branch="b")),
     ], 1, "verdict keep with reason"),
-    ("reject for a keeping reason", [("preflight.passed", passed()), ("decided", decided("reject", reason="kept.gain"))],
-     1, "verdict reject with reason"),
+    ("reject for a keeping reason", [("preflight.passed", passed()),
+                                     ("decided", decided("reject", reason="kept.gain"))], 1,
+     "verdict reject with reason"),
     ("kept unseen", [("decided", decided("keep")), ("commit.intent", intent()),
                      ("commit.done", CommitDone(sha="1" * 40, branch="b"))], 0, "kept without preflight"),
     ("kept unmeasured", [("preflight.passed", passed()), ("decided", msgspec.structs.replace(KEPT, candidate=[]))], 1,
@@ -132,9 +133,9 @@ BREACHES: list[tuple[str, list[tuple[str, Body]], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "events", "where", "words"), BREACHES, ids=[b[0] for b in BREACHES])
+@pytest.mark.parametrize(("events", "where", "words"), [b[1:] for b in BREACHES], ids=[b[0] for b in BREACHES])
 def test_breaches_of_the_life_cycle(
-    ledger: Ledger, name: str, events: list[tuple[str, Body]], where: int, words: str
+    ledger: Ledger, events: list[tuple[str, Body]], where: int, words: str
 ) -> None:
     trial = put(ledger)
     trial("trial.proposed", proposed())
@@ -167,7 +168,7 @@ def test_an_owed_commit_is_a_warning_until_the_search_goes_on(ledger: Ledger) ->
     put(ledger, "t1")("commit.intent", intent())
     assert verify(ledger.path).ok
     run_trial(ledger, "t2", 2, decided("reject"))
-    ((line, rule, reason),) = errors(ledger)
+    ((_, rule, reason),) = errors(ledger)
     assert rule == "commit" and "the search went on" in reason
     put(ledger, "t1")("commit.done", CommitDone(sha="1" * 40, branch="b"))
     assert not verify(ledger.path).ok  # late is still wrong

@@ -327,7 +327,7 @@ def test_an_edited_validation_shard_is_noticed(tmp_path: Path, data_dir: Path) -
 @pytest.mark.parametrize("field,value,message", [
     ("seq_len", 0, "seq_len = 0"), ("batch_seqs", -1, "batch_seqs = -1"), ("threads", 0, "threads = 0"),
     ("max_tokens", -5, "max_tokens = -5"), ("device", "tpu", "device = 'tpu'"), ("artifact_sha256", "abc", "64 hex"),
-    ("out_dir", "/does/not/exist", "no such folder"), ("split", "train", "split = 'train'"),
+    ("out_dir", "/dev/null/run", "Not a directory"), ("split", "train", "split = 'train'"),
 ])
 def test_bad_specs_exit_2_with_one_line(
     tmp_path: Path, data_dir: Path, field: str, value: Any, message: str, capsys: pytest.CaptureFixture[str]

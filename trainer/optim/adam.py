@@ -32,9 +32,9 @@ class Adam:
             if not live:
                 continue
             steps = [self._steps[i][j] for j in live]
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
             grads: list[Tensor] = [g for g in (params[j].grad for j in live) if g is not None]
-            torch._fused_adam_(
+            torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
                 [params[j] for j in live], grads, [self._first[i][j] for j in live],
                 [self._second[i][j] for j in live], [], steps,
                 lr=lr, beta1=self._betas[0], beta2=self._betas[1], weight_decay=0.0, eps=self._eps,
@@ -57,4 +57,4 @@ class Adam:
         """Forget all moments and steps."""
         for groups in (self._first, self._second, self._steps):
             for group in groups:
-                torch._foreach_zero_(group)
+                torch._foreach_zero_(group)  # pyright: ignore[reportPrivateImportUsage]

@@ -33,7 +33,7 @@ class WeightAverage(TrainHook):
             return
         rate = (1.0 - self.decay) / (1.0 - self.decay**self.count)
         now = [view.named[name].detach() for name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), now, rate)
+        torch._foreach_lerp_(list(self.average.values()), now, rate)  # pyright: ignore[reportPrivateImportUsage]
 
     def weights_end(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The averages in place of the weights; anything not averaged passes unchanged."""

@@ -17,7 +17,8 @@ class MuonDecay(TrainHook):
     def before_update(self, view: StepView) -> None:
         """Scale the matrices in place."""
         if view.groups["matrix"]:
-            torch._foreach_mul_(list(view.groups["matrix"]), 1.0 - view.lr["matrix"] * self.wd)
+            factor = 1.0 - view.lr["matrix"] * self.wd
+            torch._foreach_mul_(list(view.groups["matrix"]), factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _build(knobs: Knobs) -> TrainHook:
