@@ -70,6 +70,7 @@ def run_search(
     require_own_code(ws)
     track = get_track(options.track)
     name = options.name or track.name
+    proposer, policy = make_proposer(options.agent, ws.kb), load_policy(track.name)
     repo = open_repo(ws.root)
     with SearchLock(ws.search_lock):
         kill_orphans(ws.runs)
@@ -92,11 +93,11 @@ def run_search(
         with _executor(ws, repo, track, data_dir, make_executor) as executor:
             fp, parts = fingerprint(track, data_hash, executor.evaluator_hash)
             bench = Bench(
-                search=name, seed=_seed(options, state), branch=branch, track=track, policy=load_policy(track.name),
+                search=name, seed=_seed(options, state), branch=branch, track=track, policy=policy,
                 fingerprint=fp, repo=repo, ledger=ledger, executor=executor, view=view, budget=budget, state=state,
                 publish=lambda: publish_ref(ws.main, ws.ledger),
             )
-            return _drive(bench, options, parts, make_proposer(options.agent, ws.kb), proposal)
+            return _drive(bench, options, parts, proposer, proposal)
 
 
 def open_ledger(ws: Workspace, view: View | None = None) -> Ledger:

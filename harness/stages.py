@@ -191,9 +191,8 @@ def confirm(bench: Bench, trial: TrialState, inc: Incumbent) -> None:
         control = ensure_controls(bench, inc, "confirm", max(policy.controls, len(wanted)))
         if not measure(bench, trial, inc, "confirm", wanted):
             return
-        ks = sorted(trial.runs["confirm"])
-        sides = [control[k] for k in ks], [trial.runs["confirm"][k] for k in ks]
-        body = confirm_step(policy, *sides, prior, bench.track.cap_bytes, cost_seconds=cost(trial))
+        body = confirm_step(policy, list(control.values()), list(trial.runs["confirm"].values()), prior,
+                            bench.track.cap_bytes, cost_seconds=cost(trial))
         if body.verdict != "continue":
             decide(bench, trial, body)
             return

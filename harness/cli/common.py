@@ -24,11 +24,27 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a progr
 PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live panel.")]
 
 
+def whole(low: int) -> Callable[[Any], int]:
+    """A parser for whole numbers from ``low`` that says what was given and what is valid."""
+
+    def number(text: Any) -> int:
+        try:
+            value = int(str(text))
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise typer.BadParameter(f"{text!r} is not a whole number from {low} up")
+        return value
+
+    return number
+
+
 def user_errors() -> tuple[type[Exception], ...]:
     """Exceptions that are a person's to mend: message on stderr, exit code 2."""
     from agent.knowledge import KnowledgeError
     from agent.proposers import ProposerError
     from agent.proposers.manual import ManualError
+    from harness.gate.checks import GateError
     from harness.gate.noise import NoiseError
     from harness.gate.policy import PolicyError
     from ledger.errors import LedgerError
@@ -38,7 +54,7 @@ def user_errors() -> tuple[type[Exception], ...]:
 
     return (
         UserError, KnobError, ContractError, LedgerError, PolicyError, NoiseError, DataError, KnowledgeError,
-        ManualError, ProposerError,
+        ManualError, ProposerError, GateError,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.common import JsonOption, WorkspaceOption, guard, print_json, workspace
+from harness.cli.common import JsonOption, WorkspaceOption, guard, print_json, whole, workspace
 from harness.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="What happened, who leads, and whether the log can be trusted.")
@@ -65,7 +65,7 @@ def show(
 @app.command(epilog="Example: autoresearch ledger tail -n 30")
 @guard
 def tail(
-    n: Annotated[int, typer.Option("-n", min=1, help="How many events.")] = 20,
+    n: Annotated[int, typer.Option("-n", parser=whole(1), metavar="N", help="How many events.")] = 20,
     search: SearchFilter = None,
     json_: JsonOption = False,
     where: WorkspaceOption = None,

@@ -15,6 +15,7 @@ from harness.cli.common import (
     guard,
     parse_sets,
     print_json,
+    whole,
     workspace,
 )
 from harness.errors import UserError
@@ -25,7 +26,7 @@ NameOption = Annotated[
 ]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="KNOB=VALUE", help="May be given several times.")]
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", min=0, help="Seed of the search: proposals and runs follow from it.")
+    int | None, typer.Option("--seed", parser=whole(0), metavar="N", help="Seed of the search: proposals and runs follow from it.")
 ]
 
 
@@ -63,7 +64,7 @@ def deadline(hours: float | None, until: str | None) -> tuple[float | None, str]
 def search(
     track: TrackOption = "pocket",
     trials: Annotated[
-        int | None, typer.Option("--trials", min=1, help="Stop when the search has so many decided trials in all.")
+        int | None, typer.Option("--trials", parser=whole(1), metavar="N", help="Stop when the search has so many decided trials in all.")
     ] = None,
     hours: Annotated[float | None, typer.Option("--hours", help="Stop after so many hours.")] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="HH:MM", help="Stop at this time of day.")] = None,
@@ -122,7 +123,7 @@ def train(
         str, typer.Option("--track", "-t", help="TRACK/STAGE, for example pocket/confirm.")
     ] = "pocket/confirm",
     sets: SetOption = [],  # noqa: B006
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the run.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", parser=whole(0), metavar="N", help="Seed of the run.")] = 1,
     json_: JsonOption = False,
     plain: PlainOption = False,
     where: WorkspaceOption = None,
@@ -142,7 +143,7 @@ def train(
 
 @guard
 def demo(
-    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials to decide.")] = 5,
+    trials: Annotated[int, typer.Option("--trials", parser=whole(1), metavar="N", help="Trials to decide.")] = 5,
     seed: SeedOption = None,
     track: TrackOption = "pocket",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over even if an unfinished demo is there.")] = False,

@@ -137,8 +137,8 @@ def ladder_weights(now: Context) -> dict[float, float]:
 
 def test_the_ladder_steps_one_rung_where_the_evidence_points() -> None:
     assert set(ladder_weights(context())) == {0.03}
-    undirected = candidates(move("learning_rates", "ladder", 1), context())
-    assert {c.change["tied_embed_lr"] for c in undirected} == {0.04, 0.07}
+    undirected = candidates(move("learning_rates", "ladder", 2), context())
+    assert {c.change["scalar_lr"] for c in undirected} == {0.035, 0.06}
 
 
 def test_after_a_keep_the_next_rung_goes_on_and_brackets_open() -> None:

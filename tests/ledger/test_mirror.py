@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ledger import mirror
 from ledger.errors import LedgerCorrupt, LedgerError, LedgerForked
 from ledger.mirror import BLOB_NAME, REF, publish_ref, reconcile
 from ledger.records import Note
@@ -219,6 +220,23 @@ def test_strange_bytes_after_a_reset_are_kept(repo: Path, ledger: Ledger) -> Non
     records = read_chain(ledger.path.read_bytes())
     assert [r["type"] for r in records[-2:]] == ["ledger.repair", "note"]
     assert bytes.fromhex(records[-2]["body"]["torn_hex"]) == b'{"v":1,"stray'
+
+
+def test_many_publications_are_packed_and_all_stay_readable(
+    repo: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "PACK_AFTER", 4)
+    before = state(repo)
+    contents: dict[str, bytes] = {}
+    for _ in range(9):
+        fill(ledger, 3)
+        contents[publish_ref(repo, ledger.path)] = ledger.path.read_bytes()
+    counted = dict(line.split(": ") for line in git(repo, "count-objects", "-v").splitlines())
+    assert int(counted["packs"]) == 2 and int(counted["in-pack"]) == 24
+    for commit, content in contents.items():
+        assert git(repo, "cat-file", "blob", f"{commit}:{BLOB_NAME}").encode() == content
+    assert git(repo, "rev-list", REF).split() == list(contents)[::-1]
+    assert git(repo, "fsck", "--strict", "--no-dangling") == "" and state(repo) == before
 
 
 def test_a_worktree_publishes_to_the_same_ref(repo: Path, ledger: Ledger, tmp_path: Path) -> None:

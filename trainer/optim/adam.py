@@ -56,5 +56,5 @@ class Adam:
     def reset(self) -> None:
         """Forget all moments and steps."""
         for groups in (self._first, self._second, self._steps):
-            for group in groups:
-                torch._foreach_zero_(group)  # pyright: ignore[reportPrivateImportUsage]
+            for tensor in (t for group in groups for t in group):
+                tensor.zero_()
