@@ -115,8 +115,8 @@ class SearchState:
                 continue
             p = t.proposed
             out.append(PastTrial(
-                trial=t.id, line=p.line, move=p.move, change=p.change, previous=p.previous, parent_config=p.parent_config,
-                config_hash=p.config_hash, verdict=t.verdict, reason=t.reason,
+                trial=t.id, line=p.line, move=p.move, change=p.change, previous=p.previous,
+                parent_config=p.parent_config, config_hash=p.config_hash, verdict=t.verdict, reason=t.reason,
                 delta_bpb=t.decided.delta_bpb if t.decided else None, same_fingerprint=p.fingerprint == fingerprint,
             ))
         return tuple(out)

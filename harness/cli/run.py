@@ -26,7 +26,8 @@ NameOption = Annotated[
 ]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="KNOB=VALUE", help="May be given several times.")]
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", parser=whole(0), metavar="N", help="Seed of the search: proposals and runs follow from it.")
+    int | None,
+    typer.Option("--seed", parser=whole(0), metavar="N", help="Seed of the search: proposals and runs follow."),
 ]
 
 
@@ -64,7 +65,8 @@ def deadline(hours: float | None, until: str | None) -> tuple[float | None, str]
 def search(
     track: TrackOption = "pocket",
     trials: Annotated[
-        int | None, typer.Option("--trials", parser=whole(1), metavar="N", help="Stop when the search has so many decided trials in all.")
+        int | None,
+        typer.Option("--trials", parser=whole(1), metavar="N", help="Stop at so many decided trials in all."),
     ] = None,
     hours: Annotated[float | None, typer.Option("--hours", help="Stop after so many hours.")] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="HH:MM", help="Stop at this time of day.")] = None,

@@ -24,7 +24,7 @@ def unit(*parts: object) -> float:
     return int.from_bytes(digest[:8], "big") / 2**63 - 1.0
 
 
-def world(request: RunRequest) -> float:
+def bowl_world(request: RunRequest) -> float:
     """val_bpb: a smooth bowl in a few knobs, the same luck for both sides of a pair, a little luck of its own."""
     k = request.knobs
     bowl = 0.02 * math.log2(float(k["matrix_lr"]) / 0.015) ** 2 + 0.05 * (1 - float(k["warmdown_frac"])) ** 2
@@ -35,7 +35,7 @@ def world(request: RunRequest) -> float:
 class FakeExecutor(LocalExecutor):
     """LocalExecutor without processes and worktrees. Class attributes steer it from a test."""
 
-    world: ClassVar[Callable[[RunRequest], float]] = staticmethod(world)
+    world: ClassVar[Callable[[RunRequest], float]] = staticmethod(bowl_world)
     fails: ClassVar[Callable[[RunRequest], RunFailed | None]] = staticmethod(lambda request: None)
     calls: ClassVar[list[RunRequest]] = []
     die_before: ClassVar[int | None] = None  # raise Killed instead of the n-th run from now
@@ -47,7 +47,7 @@ class FakeExecutor(LocalExecutor):
 
     @classmethod
     def reset(cls) -> None:
-        cls.world, cls.fails = staticmethod(world), staticmethod(lambda request: None)
+        cls.world, cls.fails = staticmethod(bowl_world), staticmethod(lambda request: None)
         cls.calls, cls.die_before = [], None
 
     def submit(self, request: RunRequest, sink: EventSink) -> Future[RunDone | RunFailed]:

@@ -52,7 +52,8 @@ def test_a_time_out_ends_the_whole_group(tmp_path: Path) -> None:
 
 
 def test_silence_is_a_hang_and_a_heartbeat_is_not(tmp_path: Path) -> None:
-    beat = "import time\nfor i in range(12):\n    open('events.jsonl','a').write('{\"kind\":\"step\"}\\n'); time.sleep(0.2)\n"
+    beat = ("import time\nfor i in range(12):\n"
+            "    open('events.jsonl','a').write('{\"kind\":\"step\"}\\n'); time.sleep(0.2)\n")
     assert start(tmp_path, beat, hang_s=1.2).ended == "exit"
     assert start(tmp_path, "import time; time.sleep(30)", hang_s=1.0).ended == "hang"
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+torch.set_num_threads(1)  # tensors this small only wait for each other's threads, dearly on a busy machine
+
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "loss_curves.json"
 STEPS = 20
 SMALL: dict[str, Any] = {

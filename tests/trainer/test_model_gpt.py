@@ -21,7 +21,8 @@ from trainer.model.rope import apply_rope, rope_tables
 CPU = torch.device("cpu")
 SHAPES: list[dict[str, Any]] = [
     {}, {"num_layers": 1}, {"num_layers": 2, "num_kv_heads": 4}, {"num_layers": 5, "num_kv_heads": 1},
-    {"tie_embeddings": False, "logit_softcap": 5.0, "mlp_mult": 3}, {"rope_base": 100.0, "num_heads": 2, "num_kv_heads": 1},
+    {"tie_embeddings": False, "logit_softcap": 5.0, "mlp_mult": 3},
+    {"rope_base": 100.0, "num_heads": 2, "num_kv_heads": 1},
 ]
 
 
@@ -55,9 +56,9 @@ def test_forward_and_gradients_match_the_reference(change: dict[str, Any]) -> No
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     loss.backward()
-    for (name, param), grad in zip(
-        model.named_parameters(), torch.autograd.grad(want, [weights[n] for n, _ in model.named_parameters()]), strict=True
-    ):
+    named = dict(model.named_parameters())
+    grads = torch.autograd.grad(want, [weights[n] for n in named])
+    for (name, param), grad in zip(named.items(), grads, strict=True):
         assert param.grad is not None, name
         error = (param.grad.double() - grad).norm() / grad.norm()
         assert error < 1e-4, (name, error)
@@ -90,7 +91,8 @@ def test_attention_matches_a_loop(attend: Any, kv_heads: int) -> None:
     have, want = attend(q, k, v), ref.attention_loop(q, k, v)
     torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-10)
     seed = torch.randn(have.shape, generator=g, dtype=torch.float64)
-    for a, b in zip(torch.autograd.grad(have, (q, k, v), seed), torch.autograd.grad(want, (q, k, v), seed), strict=True):
+    mine, theirs = (torch.autograd.grad(y, (q, k, v), seed) for y in (have, want))
+    for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
@@ -134,7 +136,8 @@ def test_loss_by_chunks_is_the_plain_loss(rows: int) -> None:
     want = 2 * F.cross_entropy(z[0], targets[0])
     have = 2 * head_loss(hidden, weight, targets, 3.0)
     torch.testing.assert_close(have, want, rtol=1e-12, atol=0)
-    for a, b in zip(torch.autograd.grad(have, (hidden, weight)), torch.autograd.grad(want, (hidden, weight)), strict=True):
+    mine, theirs = (torch.autograd.grad(loss, (hidden, weight)) for loss in (have, want))
+    for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 

@@ -34,7 +34,7 @@ def test_newton_schulz_keeps_directions_and_lifts_singular_values(shape: tuple[i
     assert (inside - torch.diag_embed(values)).abs().max() < 1e-6
     big = s / s.norm(dim=1, keepdim=True) > 0.02  # five steps lift anything above this into the band
     assert big.float().mean() > 0.9
-    assert 0.66 < values[big].min() and values[big].max() < 1.15
+    assert values[big].min() > 0.66 and values[big].max() < 1.15
 
 
 @settings(max_examples=25, deadline=None)
@@ -87,7 +87,8 @@ def test_adam_is_torchs_adam() -> None:
     theirs = [nn.Parameter(p.detach().clone()) for p in mine]
     adam = Adam([mine[:2], [], mine[2:]], 0.8, 0.95, 1e-8)
     other = torch.optim.Adam(
-        [{"params": theirs[:2], "lr": lrs[0]}, {"params": theirs[2:], "lr": lrs[1]}], betas=(0.8, 0.95), eps=1e-8, foreach=False
+        [{"params": theirs[:2], "lr": lrs[0]}, {"params": theirs[2:], "lr": lrs[1]}],
+        betas=(0.8, 0.95), eps=1e-8, foreach=False,
     )
     for step in range(5):
         for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
@@ -138,8 +139,8 @@ def test_every_parameter_is_in_one_group() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_rates_come_from_their_knobs(tied: bool) -> None:
-    knobs = REGISTRY.defaults() | {
-        "tie_embeddings": tied, "tied_embed_lr": 1.0, "embed_lr": 2.0, "head_lr": 3.0, "scalar_lr": 4.0, "matrix_lr": 5.0}
+    rates = {"tied_embed_lr": 1.0, "embed_lr": 2.0, "head_lr": 3.0, "scalar_lr": 4.0, "matrix_lr": 5.0}
+    knobs = REGISTRY.defaults() | {"tie_embeddings": tied} | rates
     assert base_rates(knobs) == {"embed": 1.0 if tied else 2.0, "head": 3.0, "scalar": 4.0, "matrix": 5.0}
 
 

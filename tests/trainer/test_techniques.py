@@ -197,7 +197,7 @@ def test_attn_out_gate_of_zero_is_one_and_saturates_at_two() -> None:
     model, plain = started(knobs), started(knobs_with())
     ids, _ = ref.made_up_batch(ref.SMALL, 0)
     assert torch.equal(model.logits(ids), plain.logits(ids))
-    gate = model.blocks[0].attn.at_attn_out["attn_out_gate"]  # pyright: ignore
+    gate: Any = model.get_submodule("blocks.0.attn.at_attn_out.attn_out_gate")
     context: Any = type("H", (), {"h": torch.ones(1, 1, 12)})()
     with torch.no_grad():
         gate.weight.copy_(torch.tensor([-100.0, 0.0, 0.1, 100.0])[:, None].expand(4, 12))

@@ -113,7 +113,8 @@ def test_two_processes_make_the_same_bits(data: Path, tmp_path: Path) -> None:
         dump(spec(data, out, smear_gate=True, ema_decay=0.9), out / "spec.json")
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(i)}
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "trainer", "train", str(out / "spec.json")], cwd=out, env=env, capture_output=True, text=True
+            [sys.executable, "-P", "-m", "trainer", "train", str(out / "spec.json")],
+            cwd=out, env=env, capture_output=True, text=True,
         )
         assert done.returncode == 0, done.stderr
         outcome = load_outcome(RunResult, out / RESULT_FILE)
@@ -121,8 +122,10 @@ def test_two_processes_make_the_same_bits(data: Path, tmp_path: Path) -> None:
         results.append(outcome)
     a, b = results
     assert (a.artifact_sha256, a.final_train_loss) == (b.artifact_sha256, b.final_train_loss)
-    losses = [[e["train_loss"] for e in lines(tmp_path / str(i) / EVENTS_FILE) if e["kind"] == "step"] for i in range(2)]
-    assert losses[0] == losses[1] and len(losses[0]) == 12
+    first, second = (
+        [e["train_loss"] for e in lines(tmp_path / str(i) / EVENTS_FILE) if e["kind"] == "step"] for i in range(2)
+    )
+    assert first == second and len(first) == 12
 
 
 def test_another_seed_makes_other_bits(data: Path, tmp_path: Path) -> None:
@@ -156,7 +159,7 @@ def test_result_and_events_tell_the_run(data: Path, tmp_path: Path) -> None:
     stream = lines(out / EVENTS_FILE)
     assert [e["kind"] for e in stream] == [
         "started", "phase", "phase", "step", "step", "step", "phase", "finished"]
-    assert set(e["kind"] for e in stream) <= set(EVENT_KINDS)
+    assert {e["kind"] for e in stream} <= set(EVENT_KINDS)
     assert stream[0].keys() == {"t", "kind", "trainer_path", "tree_hash", "torch", "device", "params", "steps"}
     assert stream[0]["trainer_path"] == str(ROOT / "trainer") and stream[0]["tree_hash"] == result.tree_hash
     assert stream[0]["params"] == result.params and stream[0]["steps"] == 12
@@ -176,13 +179,13 @@ def test_the_artifact_holds_the_average_when_one_is_kept(data: Path, tmp_path: P
 
 
 def test_the_clock_ends_the_run_and_its_schedules(monkeypatch: pytest.MonkeyPatch, events: EventStream) -> None:
-    """A clock of 1 s a reading: elapsed grows whatever the machine does."""
+    """A clock of 1 s a reading: elapsed grows whatever the machine does (three readings a step)."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(ticks)))
     t = make_trainer(ref.SMALL, iterations=1000, max_wallclock_seconds=30.0, warmdown_frac=0.5)
     losses, _, seconds = train_loop(t, events, 1)
-    assert 5 < len(losses) < 20 and seconds >= 30
-    assert 0 < t.lr_scale < 0.3
+    assert len(losses) == 11 and seconds >= 30  # ten steps take 1 + 3 * 9 readings to the check
+    assert t.lr_scale < 0.2  # the last step: the warm-down over the last half of the clock is nearly done
 
 
 # Failures.
@@ -276,7 +279,8 @@ def test_tokens_beyond_the_vocabulary_are_the_specs_fault(tmp_path: Path, capsys
 
 
 def test_bad_files_fail_fast_and_without_torch(tmp_path: Path) -> None:
-    (tmp_path / "spec.json").write_text('{"run_id": "x", "seed": 1, "knobs": {"num_layer": 3}, "data_dir": "d", "out_dir": "o"}')
+    bad = {"run_id": "x", "seed": 1, "knobs": {"num_layer": 3}, "data_dir": "d", "out_dir": "o"}
+    (tmp_path / "spec.json").write_text(json.dumps(bad))
     code = (
         "import sys; from trainer.__main__ import main; "
         f"print(main(['train', {str(tmp_path / 'spec.json')!r}]), 'torch' in sys.modules)"
