@@ -208,15 +208,15 @@ class LiveView:
         runs.add_column(ratio=3, no_wrap=True, overflow="ellipsis")
         runs.add_column(width=6)
         runs.add_column(ratio=3)
-        runs.add_column(justify="right", width=18, no_wrap=True)
+        runs.add_column(justify="right", width=20, no_wrap=True)
         for run in sorted(self._runs.values(), key=lambda r: r.title):
-            loss = f"{run.loss:.3f} " if run.loss is not None else ""
+            loss = f"loss {run.loss:.3f}  " if run.loss is not None else ""
             count = f"{run.done}/{run.of}" if run.of else f"{time.monotonic() - run.begin:.0f} s"
             runs.add_row(run.title, Text(run.phase, style="blue"),
                          ProgressBar(total=max(run.of, 1), completed=run.done), f"{loss}{count}")
-        log = Text("\n").join(Text(t, style=style, no_wrap=True, overflow="ellipsis") for t, style in list(self._log))
+        log = [Text(t, style=style, no_wrap=True, overflow="ellipsis") for t, style in list(self._log)]
         doing = Text(s.doing, style="italic")
-        return Panel(Group(head, best, Text(), doing, runs, Text(), log), title="autoresearch", border_style="blue",
+        return Panel(Group(head, best, Text(), doing, runs, Text(), *log), title="autoresearch", border_style="blue",
                      subtitle="Ctrl-C once: finish this run and stop; twice: stop now")
 
 

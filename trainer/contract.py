@@ -78,7 +78,7 @@ class RunResult:
     train_seconds: float  # the training clock: steps only, without start-up, compilation and export
     setup_seconds: float  # process start to first step
     export_seconds: float
-    step_ms: float  # median step time, milliseconds
+    step_ms: float  # median cost of a step, milliseconds: wall time on CUDA, the process's CPU time on a CPU
     final_train_loss: float  # nats/token, mean of the last 10% of steps (at least one)
     artifact_path: str
     artifact_bytes: int

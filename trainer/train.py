@@ -194,14 +194,19 @@ def synchronize(device: torch.device) -> None:
 
 
 class _Log:
-    """Losses and times as they come in; reads the device only every ``every`` steps."""
+    """Losses and times as they come in; reads the device only every ``every`` steps.
 
-    def __init__(self, events: EventStream, every: int) -> None:
+    A step's cost is wall time on an accelerator. On a CPU it is this process's CPU time: runs share the
+    cores with each other and with whatever else the machine does, and waiting for a core is not a cost of the code.
+    """
+
+    def __init__(self, events: EventStream, every: int, device: torch.device) -> None:
         self.losses: list[float] = []
         self.step_s: list[float] = []
         self._events, self._every = events, max(every, 1)
         self._waiting: list[Tensor] = []
-        self._since = 0.0
+        self._clock = time.process_time if device.type == "cpu" else time.perf_counter
+        self._since = self._clock()
 
     def add(self, trainer: Trainer, loss: Tensor, last: bool, began: float) -> None:
         """Take in one step's loss. Raises RunFailed("nan") naming the first step that was not finite."""
@@ -210,9 +215,9 @@ class _Log:
         if done % self._every and not last:
             return
         values = torch.stack(self._waiting).tolist()
-        elapsed = time.perf_counter() - began
-        self.step_s += [(elapsed - self._since) / len(values)] * len(values)
-        self._since, self._waiting = elapsed, []
+        now, elapsed = self._clock(), time.perf_counter() - began
+        self.step_s += [(now - self._since) / len(values)] * len(values)
+        self._since, self._waiting = now, []
         for step, value in enumerate(values, start=done - len(values) + 1):
             if not np.isfinite(value):
                 raise RunFailed("nan", f"training loss is {value} at step {step} of {trainer.steps}")
@@ -224,9 +229,9 @@ class _Log:
 
 
 def train_loop(trainer: Trainer, events: EventStream, log_every: int) -> tuple[list[float], list[float], float]:
-    """Steps until the budget is used. Returns the loss and the seconds of every step, and the whole time."""
-    log = _Log(events, log_every)
+    """Steps until the budget is used. Returns loss and cost (seconds) of every step, and the whole wall time."""
     synchronize(trainer.device)
+    log = _Log(events, log_every, trainer.device)
     began = time.perf_counter()
     while True:
         loss = trainer.step(time.perf_counter() - began)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -128,15 +129,23 @@ def test_an_unreadable_owner_still_holds(tmp_path: Path) -> None:
         end(process)
 
 
-def test_a_removed_file_is_not_two_locks(tmp_path: Path) -> None:
+def test_a_file_removed_between_open_and_lock_is_not_taken_for_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "search.lock"
+    real, calls = fcntl.flock, []
+
+    def remove_first(fd: int, operation: int) -> None:
+        if not calls:
+            path.unlink()
+        calls.append(operation)
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
     with SearchLock(path):
-        path.unlink()
-        fresh = SearchLock(path)
-        fresh.acquire()  # nobody can find the old inode any more; the new file is the lock
-        with pytest.raises(SearchLocked):
+        monkeypatch.setattr(fcntl, "flock", real)
+        with pytest.raises(SearchLocked):  # what is held is the file that others find
             SearchLock(path).acquire()
-        fresh.release()
 
 
 def test_a_place_that_cannot_hold_a_lock(tmp_path: Path) -> None:
