@@ -154,10 +154,11 @@ class LocalExecutor:
             out_dir=str(folder), device=self._track.device, threads=self._track.threads,
             deterministic=self._track.deterministic, compile=self._track.compile,
         )
+        expected = self._prepare(request, slot)
         result = _finished(folder, spec)
         wall = 0.0
-        if result is None:
-            outcome = self._train(request, spec, folder, slot, sink)
+        if result is None or _mismatch(result, request, expected, folder):
+            outcome = self._train(request, spec, folder, slot, expected, sink)
             if isinstance(outcome, RunFailed):
                 return outcome
             result, wall = outcome
@@ -166,16 +167,19 @@ class LocalExecutor:
             return score
         return RunDone(request=request, figures=figures(request, result, score[0], wall + score[1], attempt))
 
-    def _train(
-        self, request: RunRequest, spec: RunSpec, folder: Path, slot: Path, sink: EventSink
-    ) -> tuple[RunResult, float] | RunFailed:
+    def _prepare(self, request: RunRequest, slot: Path) -> str:
+        """Make the worker's worktree the candidate's tree; returns the hash of its trainer."""
         with self._git_lock:
             self._repo.worktree(slot, request.commit)
         for path, text in request.files.items():
             target = slot / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
-        expected = tree_hash(slot / "trainer")
+        return tree_hash(slot / "trainer")
+
+    def _train(
+        self, request: RunRequest, spec: RunSpec, folder: Path, slot: Path, expected: str, sink: EventSink
+    ) -> tuple[RunResult, float] | RunFailed:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         dump(spec, folder / SPEC_FILE)
@@ -184,16 +188,10 @@ class LocalExecutor:
         if failed:
             return failed
         result = load(RunResult, folder / RESULT_FILE)
-        if result.tree_hash != expected:
-            return RunFailed(request=request, kind="infra", wall_seconds=done.wall_seconds, log_tail=done.log_tail,
-                             detail=f"the run imported trainer code {result.tree_hash[:12]}, not its own worktree's "
-                                    f"{expected[:12]}")
-        if (result.run_id, result.seed) != (request.run_id, request.seed):
-            return RunFailed(request=request, kind="crash", detail="the result names another run or seed")
-        size = (folder / ARTIFACT_FILE).stat().st_size if (folder / ARTIFACT_FILE).is_file() else -1
-        if size != result.artifact_bytes:
-            return RunFailed(request=request, kind="export", log_tail=done.log_tail,
-                             detail=f"the result claims an artifact of {result.artifact_bytes} bytes, on disk: {size}")
+        mismatch = _mismatch(result, request, expected, folder)
+        if mismatch:
+            return RunFailed(request=request, kind=mismatch[0], detail=mismatch[1], log_tail=done.log_tail,
+                             wall_seconds=done.wall_seconds)
         return result, done.wall_seconds
 
     def _score(
@@ -251,9 +249,20 @@ def _finished(folder: Path, spec: RunSpec) -> RunResult | None:
         result = load_outcome(RunResult, folder / RESULT_FILE)
     except (OSError, ValueError):
         return None
-    if isinstance(result, Failure) or not (folder / ARTIFACT_FILE).is_file():
-        return None
-    return result
+    return None if isinstance(result, Failure) else result
+
+
+def _mismatch(result: RunResult, request: RunRequest, tree: str, folder: Path) -> tuple[FailureKind, str] | None:
+    """What a result says about itself, held against what can be seen from outside."""
+    if result.tree_hash != tree:
+        return "infra", f"the run imported trainer code {result.tree_hash[:12]}, not its own worktree's {tree[:12]}"
+    if (result.run_id, result.seed) != (request.run_id, request.seed):
+        return "crash", f"the result names run {result.run_id}, seed {result.seed}: not what was asked for"
+    artifact = folder / ARTIFACT_FILE
+    size = artifact.stat().st_size if artifact.is_file() else -1
+    if size != result.artifact_bytes:
+        return "export", f"the result claims an artifact of {result.artifact_bytes} bytes, on disk: {size}"
+    return None
 
 
 def _failure(request: RunRequest, done: ProcessOutcome, path: Path) -> RunFailed | None:

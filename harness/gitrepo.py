@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -179,15 +180,11 @@ class Repo:
     def worktree(self, folder: Path, commit: str) -> None:
         """Make ``folder`` a clean, detached worktree at ``commit``, whatever state a kill left it in."""
         if (folder / ".git").is_file():
-            slot = git.Repo(folder)
-            try:
-                slot.git.execute(["git", "checkout", "--quiet", "--force", "--detach", commit])
-                slot.git.execute(["git", "clean", "-fdxq"])
+            with contextlib.suppress(git.GitCommandError, git.InvalidGitRepositoryError, git.NoSuchPathError):
+                slot = git.Repo(folder).git
+                slot.execute(["git", "checkout", "--quiet", "--force", "--detach", commit])
+                slot.execute(["git", "clean", "-ffdxq"])
                 return
-            except git.GitCommandError:
-                pass
-            finally:
-                slot.close()
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._git("worktree", "prune")

@@ -161,7 +161,7 @@ def _read_owner(fd: int) -> Owner:
 
 def _refusal(path: Path, owner: Owner) -> str:
     return (
-        f"another search holds {path}: {owner}. Watch it with `autoresearch watch`, or stop it cleanly "
+        f"another search holds {path}: {owner}. Stop it cleanly "
         f"with `kill -INT {owner.pid or 'PID'}` on {owner.host} and wait. The lock is free the moment that "
         "process ends, however it ends: never delete the file"
     )

@@ -322,7 +322,7 @@ class Ledger:
             raise LedgerCorrupt(self.path, 0, status.st_size, reason, _VANISHED)
         same_file = self._stat is not None and self._stat[0] == status.st_ino
         grown = status.st_size > known.offset + len(self._tail)
-        if not (same_file and grown and self._seam_holds(fd, known)):
+        if not (same_file and grown):
             # Another inode, or bytes changed in place: trust nothing, then require our history in it.
             known = Cursor()
         found = chain.scan(_read(fd, known.offset, status.st_size), known, self.path)
@@ -340,13 +340,6 @@ class Ledger:
             reason = "the file was replaced by one without the records already read"
             raise LedgerCorrupt(self.path, mine.seq + 1, 0, reason, _VANISHED)
         self._envelopes[mine.seq + 1 :] = found.envelopes[mine.seq + 1 :]
-
-    @staticmethod
-    def _seam_holds(fd: int, known: Cursor) -> bool:
-        if not known.offset:
-            return True
-        end = b'"h":"' + known.h.encode() + b'"}\n'
-        return os.pread(fd, len(end), known.offset - len(end)) == end
 
 
 _VANISHED = (

@@ -121,6 +121,17 @@ def test_every_position_of_a_long_context_is_distinct_even_for_bf16_activations(
     assert apply_rope(x, (cos, sin)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 100.0])
+def test_norm_and_its_gradient_match_torchs(scale: float) -> None:
+    seeded = torch.Generator().manual_seed(3)
+    x, g = (torch.randn(3, 5, 12, generator=seeded, dtype=torch.float64) for _ in "xg")
+    x = (scale * x).requires_grad_()
+    have, want = rms_norm(x), F.rms_norm(x, (12,), eps=2.0**-23)
+    torch.testing.assert_close(have, want, rtol=1e-12, atol=0)
+    (mine,), (theirs,) = (torch.autograd.grad(y, x, g) for y in (have, want))
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_norm_of_small_bf16_values_is_not_swamped() -> None:
     x = torch.full((4, 64), 0.005, dtype=torch.bfloat16)
     assert torch.allclose(rms_norm(x).float(), torch.ones(4, 64), atol=0.02)

@@ -73,9 +73,9 @@ class Attention(nn.Module):
         weight = torch.cat((self.c_q.weight, self.c_k.weight, self.c_v.weight)).to(h.dtype)
         packed = F.linear(h, weight).view(batch, length, sum(self.heads), self.head_dim)
         q, k, v = self.at_qkv(QKV(*packed.split(self.heads, dim=2)), ctx)
-        q = apply_rope(rms_norm(q), ctx.rope) * self.q_gain.to(h.dtype)[:, None]
-        k = apply_rope(rms_norm(k), ctx.rope)
-        y = attend(q, k, v)
+        turned = apply_rope(rms_norm(torch.cat((q, k), dim=2)), ctx.rope)  # [B, T, H + K, h]
+        q, k = turned.split(self.heads[:2], dim=2)
+        y = attend(q * self.q_gain.to(h.dtype)[:, None], k, v)
         ctx.h = h
         y = self.at_attn_out(y, ctx)
         return self.proj(y.reshape(batch, length, dim))
