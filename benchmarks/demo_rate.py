@@ -177,7 +177,8 @@ def main() -> int:
         if seed not in done:
             found["searches"].append(one_search(seed, args, bank))
             args.out.write_text(json.dumps(found, indent=1))
-    changes = [json.loads(c) for c in sorted({json.dumps(k, sort_keys=True) for s in found["searches"] for k in s["kept"]})]
+    kept = {json.dumps(k, sort_keys=True) for s in found["searches"] for k in s["kept"]}
+    changes = [json.loads(c) for c in sorted(kept)]
     found["kept_configurations"] = judge(changes, args, bank)
     truth = {json.dumps(c["change"], sort_keys=True): c["true"] for c in found["kept_configurations"]}
     hits = sum(any(truth[json.dumps(k, sort_keys=True)] for k in s["kept"]) for s in found["searches"])

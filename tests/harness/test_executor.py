@@ -45,7 +45,8 @@ def score(**other):
 
 def failure(kind, error):
     spec = json.loads(path.read_text())
-    dump(Failure(run_id=spec["run_id"], failure=kind, error=error), folder / (RESULT_FILE if mode == "train" else SCORE_FILE))
+    target = folder / (RESULT_FILE if mode == "train" else SCORE_FILE)
+    dump(Failure(run_id=spec["run_id"], failure=kind, error=error), target)
     sys.exit(3)
 
 def train():
@@ -90,7 +91,8 @@ def counted(tmp_path: Path, mode: str) -> int:
 def test_a_good_run_joins_both_sides_figures(build: Any, tmp_path: Path) -> None:
     done = build()
     assert isinstance(done, RunDone)
-    assert (done.figures.val_bpb, done.figures.artifact_bytes, done.figures.seed, done.figures.attempt) == (2.5, 7, 5, 1)
+    run = done.figures
+    assert (run.val_bpb, run.artifact_bytes, run.seed, run.attempt) == (2.5, 7, 5, 1)
 
 
 FAULTS = [
