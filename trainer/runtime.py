@@ -58,6 +58,9 @@ def configure(spec: RunSpec) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in fp32, as the challenge does
+        # Flash attention, as the challenge; plain products remain for head widths that it does not take.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
     else:
         keep_freed_memory()
         fast_exact_matmul()

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -131,19 +132,19 @@ print(len(list(ledger.records())))
 """
 
 
-def test_without_permission_reading_works_and_writing_says_why(ledger: Ledger, tmp_path: Path) -> None:
-    before = ledger.path.read_bytes()
-    for folder in (tmp_path, *list(tmp_path.parents)[:2]):  # pytest's folders are closed to other users
-        folder.chmod(0o755)
-    ledger.path.chmod(0o444)
-    (tmp_path / "ledger.jsonl.lock").chmod(0o444)
-    tmp_path.chmod(0o555)
-    try:
-        command = [sys.executable, "-c", _AS_NOBODY, str(ledger.path)]
+def test_without_permission_reading_works_and_writing_says_why(ledger: Ledger) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder, path = Path(name), Path(name) / ledger.path.name
+        before = ledger.path.read_bytes()
+        path.write_bytes(before)
+        path.with_name(path.name + ".lock").touch()
+        for p, mode in ((path, 0o444), (path.with_name(path.name + ".lock"), 0o444), (folder, 0o555)):
+            p.chmod(mode)
+        command = [sys.executable, "-c", _AS_NOBODY, str(path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    finally:
-        tmp_path.chmod(0o755)
+        after = path.read_bytes()
+        folder.chmod(0o755)
     message, count = done.stdout.strip().splitlines()
     assert "Permission denied" in message and "ledger.jsonl" in message, done.stderr
     assert count == "4"
-    assert ledger.path.read_bytes() == before
+    assert after == before

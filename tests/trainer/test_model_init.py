@@ -52,11 +52,12 @@ def test_a_deeper_model_leaves_shared_names_alone() -> None:
     assert all(torch.equal(want[n], have[n]) for n in shared)
 
 
-def test_starting_distributions() -> None:
-    model = build_model({**SMALL, "model_dim": 256, "qk_gain_init": 2.25, "tie_embeddings": False})
+@pytest.mark.parametrize("tied", [True, False])
+def test_starting_distributions(tied: bool) -> None:
+    model = build_model({**SMALL, "model_dim": 256, "qk_gain_init": 2.25, "tie_embeddings": tied})
     model.init_weights(0)
     w = model.state_dict()
-    assert torch.isclose(w["tok_emb.weight"].std(), torch.tensor(0.005), rtol=0.02)
+    assert torch.isclose(w["tok_emb.weight"].std(), torch.tensor(0.005 if tied else 1.0), rtol=0.02)
     for name, tensor in w.items():
         if name.endswith((".c_q.weight", ".c_k.weight", ".c_v.weight", ".fc.weight")):
             bound = 1 / math.sqrt(256)

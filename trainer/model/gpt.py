@@ -41,7 +41,8 @@ class GPT(nn.Module):
         shape = ModelShape.from_knobs(knobs)
         plan = Plan(TECHNIQUES, knobs, shape)
         self.shape = shape
-        self.tok_emb = Embedding(shape, float(knobs["tied_embed_init_std"]))
+        # An untied embedding keeps torch's default of 1, as in the published script; its rate of 0.6 goes with it.
+        self.tok_emb = Embedding(shape, float(knobs["tied_embed_init_std"]) if shape.tied else 1.0)
         self.at_embed = plan.site("embed")
         self.num_encoder = shape.num_layers // 2
         if self.num_encoder:
