@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 import msgspec  # noqa: E402
 
 from harness.executor import EventSink, LocalExecutor, RunDone, RunFailed, RunRequest  # noqa: E402
+from harness.gitrepo import open_repo  # noqa: E402
 from harness.search import SearchOptions, run_search  # noqa: E402
 from harness.tracks import get_track, run_seed  # noqa: E402
 from harness.views import PlainView  # noqa: E402
@@ -47,12 +48,12 @@ from trainer.knobs import REGISTRY  # noqa: E402
 class Bank:
     """Runs by (stage, knobs, physical seed), on disk."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder, self.size = folder, size
+    def __init__(self, folder: Path, size: int, code: str) -> None:
+        self.folder, self.size, self.code = folder, size, code
         folder.mkdir(parents=True, exist_ok=True)
 
     def key(self, request: RunRequest, seed: int) -> Path:
-        text = json.dumps([request.stage, sorted(request.knobs.items()), seed, request.max_tokens])
+        text = json.dumps([self.code, request.stage, sorted(request.knobs.items()), seed, request.max_tokens])
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
     def physical(self, search_seed: int, stage: str, k: int) -> int:
@@ -95,12 +96,13 @@ def cached(bank: Bank, search_seed: int) -> type[LocalExecutor]:
     return CachedExecutor
 
 
-def scratch(folder: Path) -> Workspace:
-    """A clone without recipe and ledger, as the demo makes it."""
+def scratch(folder: Path, commit: str) -> Workspace:
+    """A clone of one commit without recipe and ledger, as the demo makes it."""
     from harness.demo import _plain
 
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run(["git", "clone", "-q", "--no-tags", str(ROOT), str(folder)], check=True)
+    subprocess.run(["git", "reset", "-q", "--hard", commit], cwd=folder, check=True)
     _plain(folder)
     return Workspace(root=folder, main=folder)
 
@@ -109,7 +111,7 @@ def one_search(seed: int, args: argparse.Namespace, bank: Bank) -> dict[str, Any
     """Run one search to its first keep and describe it."""
     import harness.search as module
 
-    ws = scratch(args.work / "clone")
+    ws = scratch(args.work / "clone", args.commit)
     module.require_own_code = lambda ws: None  # type: ignore[assignment]  # the clone is this very commit
     begin = time.monotonic()
     outcome = run_search(ws, SearchOptions(track=args.track, seed=seed, trials=args.trials, keeps=1), PlainView(),
@@ -128,9 +130,8 @@ def one_search(seed: int, args: argparse.Namespace, bank: Bank) -> dict[str, Any
 def judge(changes: list[dict[str, Any]], args: argparse.Namespace, bank: Bank) -> list[dict[str, Any]]:
     """Paired difference to the plain baseline over the whole bank, for every kept configuration."""
     track = get_track(args.track)
-    ws = scratch(args.work / "clone")
+    ws = scratch(args.work / "clone", args.commit)
     from harness.data import ensure_data
-    from harness.gitrepo import open_repo
 
     repo = open_repo(ws.root)
     head = repo.rev("HEAD")
@@ -162,17 +163,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--searches", type=int, default=20)
     parser.add_argument("--first", type=int, default=1, help="first search seed")
-    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--track", default="pocket")
+    parser.add_argument("--commit", default="HEAD", help="what is measured")
     parser.add_argument("--bank", type=int, default=8, help="physical seeds per stage")
     parser.add_argument("--work", type=Path, default=ROOT / ".autoresearch" / "demo-rate")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "demo_rate.json")
     args = parser.parse_args()
-    bank = Bank(args.work / "bank", args.bank)
+    repo = open_repo(ROOT)
+    args.commit = repo.rev(args.commit)
+    bank = Bank(args.work / "bank", args.bank, repo.code_tree(args.commit))
     args.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"searches": []}
     done = {s["seed"] for s in found["searches"]}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for seed in range(args.first, args.first + args.searches):
         if seed not in done:
             found["searches"].append(one_search(seed, args, bank))
@@ -186,7 +189,7 @@ def main() -> int:
     n = len(found["searches"])
     found["summary"] = {
         "searches": n, "with_true_keep": hits, "share": hits / n, "false_keeps": false, "trials_at_most": args.trials,
-        "bank": args.bank, "track": args.track, "commit": commit, "cpu": platform.processor() or platform.machine(),
+        "bank": args.bank, "track": args.track, "commit": args.commit, "cpu": platform.processor() or platform.machine(),
         "command": "python benchmarks/demo_rate.py " + " ".join(sys.argv[1:]),
     }
     args.out.write_text(json.dumps(found, indent=1))

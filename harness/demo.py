@@ -61,7 +61,7 @@ def _unfinished(folder: Path, wanted: dict[str, Any], trials: int) -> bool:
         state = load_state(Workspace(root=folder, main=folder), str(wanted["track"]))
     except LedgerError:
         return True  # a torn or damaged ledger is the search's to mend or to report, not ours to delete
-    return state.decided < trials
+    return state.decided < trials or not state.complete
 
 
 def _start_over(ws: Workspace, repo: Repo, folder: Path, wanted: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ def run_search(
         _catch_up(repo, branch, view)
         data_dir, data_hash = ensure_data(ws, track, view.note)
         budget = Budget(options.trials, options.deadline, options.why_deadline, options.keeps)
-        if proposal is None and budget.spent(state) in ("budget.trials", "budget.keeps"):
+        if proposal is None and state.complete and budget.spent(state) in ("budget.trials", "budget.keeps"):
             publish_ref(ws.main, ws.ledger)
             return SearchOutcome(search=name, reason="nothing-to-do", state=state, seconds=0.0)
         with _executor(ws, repo, track, data_dir, make_executor) as executor:
@@ -104,7 +104,7 @@ def open_ledger(ws: Workspace, view: View | None = None) -> Ledger:
     """The workspace's ledger, reconciled with its ref (restored if a reset or clean took it)."""
     ws.ledger.parent.mkdir(parents=True, exist_ok=True)
     notice = reconcile(ws.main, ws.ledger)
-    if notice and view:
+    if view and notice.split(":")[0] not in ("new", "equal", "extends"):  # only what a person should know
         view.note(notice)
     return Ledger(ws.ledger)
 
@@ -213,17 +213,17 @@ def _loop(bench: Bench, proposer: Proposer, single: Proposal | None) -> str:
     try:
         while True:
             trial = bench.state.open_trial
+            bench.check_stop()
+            inc = incumbent(bench)
+            _show_incumbent(bench, inc)
+            # Also after the last keep: a selected score is not inherited, its honest one is measured before the end.
+            ensure_controls(bench, inc, "confirm", bench.policy.controls)
+            _show_incumbent(bench, inc)
             if trial is None:
                 if judged and single is not None:
                     return "budget.trials"
                 if single is None and bench.budget.spent(bench.state):
                     return bench.budget.spent(bench.state)
-            bench.check_stop()
-            inc = incumbent(bench)
-            _show_incumbent(bench, inc)
-            ensure_controls(bench, inc, "confirm", bench.policy.controls)
-            _show_incumbent(bench, inc)
-            if trial is None:
                 trial = _propose(bench, inc, proposer, single)
                 judged = True
                 if trial.refused:

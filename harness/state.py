@@ -17,6 +17,7 @@ from ledger.records import (
     PreflightPassed,
     PreflightRefused,
     RunFigures,
+    SearchEnded,
     SearchStarted,
     StageEnded,
     TrialAbandoned,
@@ -82,6 +83,12 @@ class SearchState:
     controls: dict[tuple[str, int, str, str], dict[int, RunFigures]] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)  # trial ids, in order of commit
     seconds: float = 0.0  # worker-seconds spent
+    ended: str = ""  # reason of the last end; "" while it runs, or after a kill
+
+    @property
+    def complete(self) -> bool:
+        """It came to the end of a budget of its own, with nothing left to finish."""
+        return self.ended in ("budget.trials", "budget.keeps") and self.open_trial is None
 
     @property
     def generation(self) -> int:
@@ -143,6 +150,9 @@ def apply(state: SearchState, r: Any) -> None:
     body = r.body
     if isinstance(body, SearchStarted):
         state.started.append(body)
+        state.ended = ""
+    elif isinstance(body, SearchEnded):
+        state.ended = body.reason
     elif isinstance(body, ControlEnded):
         runs = state.control_runs(body.stage, body.generation, body.config_hash, body.fingerprint)
         runs[body.run.k] = body.run
