@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import platform
 import random
 import shutil
 import statistics
@@ -38,7 +37,7 @@ import msgspec  # noqa: E402
 from harness.executor import EventSink, LocalExecutor, RunDone, RunFailed, RunRequest  # noqa: E402
 from harness.gitrepo import open_repo  # noqa: E402
 from harness.search import SearchOptions, run_search  # noqa: E402
-from harness.tracks import get_track, run_seed  # noqa: E402
+from harness.tracks import environment, get_track, run_seed  # noqa: E402
 from harness.views import PlainView  # noqa: E402
 from harness.workspace import Workspace  # noqa: E402
 from ledger.records import RunFigures  # noqa: E402
@@ -171,7 +170,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "demo_rate.json")
     args = parser.parse_args()
     repo = open_repo(ROOT)
-    args.commit = repo.rev(args.commit)
+    args.commit = repo.rev(args.commit) or parser.error(f"--commit {args.commit}: no such commit")
     bank = Bank(args.work / "bank", args.bank, repo.code_tree(args.commit))
     args.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"searches": []}
@@ -189,7 +188,8 @@ def main() -> int:
     n = len(found["searches"])
     found["summary"] = {
         "searches": n, "with_true_keep": hits, "share": hits / n, "false_keeps": false, "trials_at_most": args.trials,
-        "bank": args.bank, "track": args.track, "commit": args.commit, "cpu": platform.processor() or platform.machine(),
+        "bank": args.bank, "track": args.track, "commit": args.commit,
+        "cpu": environment(get_track(args.track)),
         "command": "python benchmarks/demo_rate.py " + " ".join(sys.argv[1:]),
     }
     args.out.write_text(json.dumps(found, indent=1))
