@@ -27,7 +27,7 @@ $(BIN)/python:
 
 $(VENV)/constraints.txt: constraints.txt $(BIN)/python
 ifneq ($(SYSTEM_TORCH),)
-	@$(BIN)/python -c 'import torch; print("using torch", torch.__version__)' || { echo "SYSTEM_TORCH=1, but $(PYTHON) has no torch" >&2; exit 2; }
+	@$(BIN)/python -c 'import torch; print("using torch", torch.__version__)' 2>/dev/null || { echo "SYSTEM_TORCH=1, but $(PYTHON) has no torch" >&2; exit 2; }
 	@grep -viE '^(torch|numpy|sympy|networkx|fsspec|filelock|jinja2|typing_extensions|mpmath)==' constraints.txt > $@
 else
 	@cp constraints.txt $@

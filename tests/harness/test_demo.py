@@ -1,4 +1,4 @@
-"""The demo's scratch clone: made whole or not at all, resumed when unfinished, started over when done, never the user's."""
+"""The demo's scratch clone: made whole or not at all, resumed when unfinished, started over when done."""
 
 from __future__ import annotations
 
