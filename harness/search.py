@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from ledger.records import PreflightRefused, SearchEnded, SearchStarted, TrialAb
 from ledger.store import Ledger
 from trainer.knobs import REGISTRY, KnobError, KnobValue
 
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 MAX_REFUSED_IN_A_ROW = 25
 MAX_INFRA_IN_A_ROW = 3
 
@@ -69,7 +71,7 @@ def run_search(
     """
     require_own_code(ws)
     track = get_track(options.track)
-    name = options.name or track.name
+    name = search_name(options.name or track.name)
     proposer, policy = make_proposer(options.agent, ws.kb), load_policy(track.name)
     repo = open_repo(ws.root)
     with SearchLock(ws.search_lock):
@@ -98,6 +100,14 @@ def run_search(
                 publish=lambda: publish_ref(ws.main, ws.ledger),
             )
             return _drive(bench, options, parts, proposer, proposal)
+
+
+def search_name(name: str) -> str:
+    """A name that is safe in branch names, run folders and trial ids. Raises UserError."""
+    if not NAME.fullmatch(name) or name.endswith((".lock", ".")) or ".." in name:
+        raise UserError(f"--name {name!r}: expected 1 to 40 of a-z, 0-9, '.', '_' and '-', starting with a letter or "
+                        "digit, for example --name pocket-2")
+    return name
 
 
 def open_ledger(ws: Workspace, view: View | None = None) -> Ledger:

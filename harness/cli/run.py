@@ -104,7 +104,7 @@ def try_(
     """Your own idea through the same door, the same gate and the same ledger."""
     from agent.proposers.manual import manual_proposal
     from harness.report import print_search
-    from harness.search import SearchOptions, incumbent_knobs, run_search
+    from harness.search import SearchOptions, incumbent_knobs, run_search, search_name
     from harness.tracks import get_track
     from harness.views import make_view
 
@@ -113,7 +113,7 @@ def try_(
         raise UserError(f"--patch {patch}: code proposals are refused until the sandbox that must contain them exists; "
                         "knob changes (--set) run everywhere")
     protocol = get_track(track)
-    now = incumbent_knobs(ws, protocol, name or track)
+    now = incumbent_knobs(ws, protocol, search_name(name or track))
     proposal = manual_proposal(sets, why, incumbent=now, locked=protocol.locked)
     outcome = run_search(ws, SearchOptions(track=track, name=name), make_view(plain), proposal)
     print_search(ws, outcome)
