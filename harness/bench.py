@@ -18,6 +18,7 @@ from harness.gitrepo import Repo
 from harness.state import SearchState, apply
 from harness.tracks import Track, run_seed
 from harness.views import View
+from ledger.errors import LedgerError
 from ledger.records import Body
 from ledger.store import Ledger
 
@@ -73,7 +74,7 @@ class Bench:
     view: View
     budget: Budget
     state: SearchState
-    publish: Callable[[], object]  # mirror the ledger under its ref
+    mirror: Callable[[], object]  # store the ledger under its ref
     crash_point: Callable[[str], None] = field(default=lambda name: None)  # tests kill here
     _interrupts: int = 0
     _wake: threading.Event = field(default_factory=threading.Event)
@@ -85,6 +86,13 @@ class Bench:
         self.view.record(type_, trial, body)
         self.crash_point(f"after:{type_}")
         return record
+
+    def publish(self) -> None:
+        """Mirror the ledger under its ref. Failing is no reason to end a night: the file itself is the record."""
+        try:
+            self.mirror()
+        except LedgerError as e:
+            self.view.note(f"the ledger's copy in git is not up to date ({e}); tried again after the next trial")
 
     def seed_of(self, stage: str, k: int) -> int:
         """Seed of the k-th pair of a stage for the incumbent of today."""
@@ -145,7 +153,7 @@ class Bench:
         """Install the handlers; returns what restores the old ones. A no-op off the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return lambda: None
-        old = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        old = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
         def restore() -> None:
             for s, handler in old.items():

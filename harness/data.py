@@ -11,7 +11,8 @@ from typing import Any
 from harness.errors import UserError
 from harness.tracks import Track
 from harness.workspace import Workspace
-from trainer.data.build import BuildError, build
+from trainer.data.build import build
+from trainer.data.errors import DataError
 from trainer.data.manifest import Manifest, load_manifest
 
 EMBEDDED = "embedded"
@@ -33,7 +34,7 @@ def ensure_data(ws: Workspace, track: Track, note: Callable[[str], None]) -> tup
             raise UserError(f"track {track.name} needs data in {folder}, which does not exist; build it with "
                             f"`autoresearch data build --from SOURCE --out {folder}`")
         manifest = load_manifest(folder)
-        manifest.verify(folder)
+        manifest.verify(folder, full=True)  # every byte: a damaged shard must not pass under the good fingerprint
         return folder, manifest.fingerprint
     folder = embedded_dir(ws)
     if not folder.is_dir():
@@ -47,10 +48,11 @@ def ensure_data(ws: Workspace, track: Track, note: Callable[[str], None]) -> tup
 
     try:
         manifest = build(EMBEDDED, folder, progress=progress)
-    except BuildError as e:
+        manifest.verify(folder, full=True)
+    except DataError as e:
         if not folder.is_dir():
             raise
-        # Ours to mend: the folder is a cache of this project, made by an older builder or another Python.
+        # Ours to mend: the folder is a cache of this project, damaged or made by an older builder.
         old = folder.with_name(f"{folder.name}.old-{time.strftime('%Y%m%dT%H%M%S')}")
         note(f"the embedded corpus is built anew ({e}); the old one is kept in {old.name}")
         folder.rename(old)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import git
+import psutil
 
 from harness.errors import InfraError, UserError
 from harness.workspace import LEDGER_FILE, RECIPES_DIR
@@ -158,6 +159,46 @@ class Repo:
             moved.append(path)
         return moved
 
+    def _owns(self, folder: Path) -> bool:
+        """Whether ``folder`` is a worktree of this very repository (a copied checkout's slots are the original's)."""
+        try:
+            link = (folder / ".git").read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+        except OSError:
+            return False
+        return Path(link).parent == Path(self.repo.common_dir).resolve() / "worktrees"
+
+    def checked_out_elsewhere(self, ref: str) -> str:
+        """The folder of another worktree that has ``ref`` checked out, "" if none has."""
+        place = ""
+        for line in self._git("worktree", "list", "--porcelain").splitlines():
+            key, _, value = line.partition(" ")
+            if key == "worktree":
+                place = value
+            elif key == "branch" and value == ref and Path(place).resolve() != self.root.resolve():
+                return place
+        return ""
+
+    def clear_stale_locks(self, branch: str) -> list[str]:
+        """Remove lock files that a killed git of ours left: of our own refs, and of the index where our branch is
+        checked out. Only while no git process works in this repository; the caller holds the search lock."""
+        common = Path(self.repo.common_dir).resolve()
+        found = [*(common / "refs" / "autoresearch").rglob("*.lock"), common / f"{branch}.lock"]
+        if self.head_branch() == branch:
+            found.append(Path(self.repo.git_dir).resolve() / "index.lock")
+        stale = [p for p in found if p.is_file()]
+        if stale and not _git_at_work(self.root.resolve()):
+            for path in stale:
+                path.unlink(missing_ok=True)
+            return [str(p.relative_to(common)) if p.is_relative_to(common) else p.name for p in stale]
+        return []
+
+    def witnesses(self, revisions: str) -> list[tuple[str, str, str]]:
+        """(commit, trial, "seq:h") of every kept commit in ``revisions`` ("a..b"), newest first."""
+        out = self._git("log", "--format=%H%x09%(trailers:key=Trial,valueonly,separator=%x2C)%x09"
+                               "%(trailers:key=Ledger-Head,valueonly,separator=%x2C)", revisions, "--")
+        rows = [line.split("\t") for line in out.splitlines()]
+        return [(sha, trial, head) for sha, trial, head in rows if trial and head]
+
     def commit_file(self, path: str, message: str) -> str:
         """Commit one file as it is on disk, in the person's name if git knows it; "" when nothing changed.
 
@@ -179,7 +220,7 @@ class Repo:
 
     def worktree(self, folder: Path, commit: str) -> None:
         """Make ``folder`` a clean, detached worktree at ``commit``, whatever state a kill left it in."""
-        if (folder / ".git").is_file():
+        if self._owns(folder):
             with contextlib.suppress(git.GitCommandError, git.InvalidGitRepositoryError, git.NoSuchPathError):
                 slot = git.Repo(folder).git
                 slot.execute(["git", "checkout", "--quiet", "--force", "--detach", commit])
@@ -189,6 +230,15 @@ class Repo:
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._git("worktree", "prune")
         self._git("worktree", "add", "--quiet", "--force", "--detach", str(folder), commit)
+
+
+def _git_at_work(root: Path) -> bool:
+    """Whether some git process runs in ``root`` or below it."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.name().startswith("git") and Path(process.cwd()).is_relative_to(root):
+                return True
+    return False
 
 
 def open_repo(root: Path) -> Repo:

@@ -42,7 +42,7 @@ def run_once(ws: Workspace, where: str, sets: dict[str, str], seed: int, *, quie
         view.note("note: uncommitted changes are not part of this run; it is made from the last commit")
     with SearchLock(ws.state / "manual.lock"):
         data_dir, _ = ensure_data(ws, track, view.note)
-        executor = LocalExecutor(repo=repo, track=track, data_dir=data_dir, runs=ws.runs,
+        executor = LocalExecutor(repo=repo, track=track, data_dir=data_dir, runs=ws.state / "runs-manual",
                                  slots=ws.state / "slots-manual", pinned=head)
         request = RunRequest(
             run_id=f"manual-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}", owner="train", stage=stage, k=0, seed=seed,

@@ -97,15 +97,18 @@ def _next_steps(ws: Workspace, outcome: SearchOutcome) -> Text:
     demo = ws.root.name == DEMO_DIR
     at = f" -w {DEMO_DIR}" if demo else ""
     track = outcome.state.started[0].track if outcome.state.started else "pocket"
+    name = "" if outcome.search == track else f" --name {outcome.search}"
+    trial = _interesting(outcome.state)
     git = f"git -C {DEMO_DIR}" if demo else "git"
     rows = [
         ("the commits", f"{git} log --stat search/{outcome.search} -- {recipe_path(track)}"),
-        ("a verdict in words", f"autoresearch gate explain {_interesting(outcome.state)}{at}"),
+        ("a verdict in words", f"autoresearch gate explain {trial}{at}" if trial else ""),
         ("every event", f"autoresearch ledger tail{at}"),
         ("check the ledger", f"autoresearch ledger verify{at}"),
-        ("go on", f"autoresearch search --track {track} --trials {outcome.state.decided + 8}"
-                  + ("   (in the checkout itself: its own ledger and branch)" if demo else "")),
+        ("go on", f"autoresearch search --track {track}{name} --trials {outcome.state.decided + 8}"
+                  + ("   (in the checkout itself)" if demo else "")),
     ]
+    rows = [row for row in rows if row[1]]
     text = Text("where to look next\n", style="bold")
     for what, command in rows:
         text.append(f"  {what:20s}", style="dim")
@@ -117,7 +120,7 @@ def _next_steps(ws: Workspace, outcome: SearchOutcome) -> Text:
 
 def _interesting(state: SearchState) -> str:
     decided = [t.id for t in state.trials.values() if t.decided]
-    return state.kept[-1] if state.kept else (decided[-1] if decided else "TRIAL")
+    return state.kept[-1] if state.kept else (decided[-1] if decided else "")
 
 
 def knob_dict(knob: Knob) -> dict[str, Any]:

@@ -160,8 +160,18 @@ def _write_pid(folder: Path, pid: int) -> None:
 
 
 def kill_orphans(runs: Path) -> list[str]:
-    """End runs that a killed loop left behind (same pid *and* same start time); returns their folders."""
+    """End runs that a killed loop left behind; returns their folders. Call it only while no loop runs them.
+
+    Known by their pid file (same pid *and* same start time), or, if the kill came before that was written,
+    by their working folder.
+    """
     killed = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            cwd = Path(process.cwd())
+            if cwd.parent == runs.resolve() and process.pid != os.getpid():
+                kill_group(os.getpgid(process.pid))
+                killed.append(cwd.name)
     for path in runs.glob(f"*/{PID_FILE}"):
         with contextlib.suppress(OSError, ValueError, KeyError, psutil.Error):
             data = json.loads(path.read_text(encoding="utf-8"))

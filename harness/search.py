@@ -12,11 +12,12 @@ from pathlib import Path
 from agent.contract import Context, Exhausted, Proposal, Proposer
 from agent.proposers import make_proposer
 from harness.bench import Bench, Budget, Stopped
+from harness.branch import catch_up, heal_checkout, refuse_dirty, same_history, search_branch
 from harness.data import ensure_data
 from harness.errors import InfraError, UserError
 from harness.executor import LocalExecutor
 from harness.gate.policy import load_policy
-from harness.gitrepo import ZERO, Repo, open_repo
+from harness.gitrepo import Repo, open_repo
 from harness.recipe import parse_recipe
 from harness.runner import kill_orphans
 from harness.stages import Incumbent, breadth, confirm, ensure_controls, incumbent, predict_bytes, preflight
@@ -78,15 +79,18 @@ def run_search(
         kill_orphans(ws.runs)
         ledger = open_ledger(ws, view)
         state = fold(ledger.records(search=name), name)
-        branch = _branch(repo, name, state, track, view)
+        branch = search_branch(repo, name, state, track, view)
+        for lock in repo.clear_stale_locks(branch):
+            view.note(f"removed {lock}, left by a git that was killed")
         for trial in list(state.trials.values()):
             if trial.owes_commit:
                 commit_keep(repo, ledger, track, name, branch, trial)
                 view.note(f"{trial.id}: finished the commit that was interrupted")
         state = fold(ledger.records(search=name), name)
-        _heal_checkout(repo, state, branch)
-        _refuse_dirty(repo)
-        _catch_up(repo, branch, view)
+        heal_checkout(repo, state, branch)
+        same_history(repo, ledger, state, branch)
+        refuse_dirty(repo)
+        catch_up(repo, branch, view)
         data_dir, data_hash = ensure_data(ws, track, view.note)
         budget = Budget(options.trials, options.deadline, options.why_deadline, options.keeps)
         if proposal is None and state.complete and budget.spent(state) in ("budget.trials", "budget.keeps"):
@@ -97,7 +101,7 @@ def run_search(
             bench = Bench(
                 search=name, seed=_seed(options, state), branch=branch, track=track, policy=policy,
                 fingerprint=fp, repo=repo, ledger=ledger, executor=executor, view=view, budget=budget, state=state,
-                publish=lambda: publish_ref(ws.main, ws.ledger),
+                mirror=lambda: publish_ref(ws.main, ws.ledger),
             )
             return _drive(bench, options, parts, proposer, proposal)
 
@@ -139,54 +143,6 @@ def _seed(options: SearchOptions, state: SearchState) -> int:
         raise UserError(f"--seed {options.seed}: search {state.search} runs with seed {known} from its first day; "
                         "leave --seed out, or start another search with --name")
     return options.seed if options.seed is not None else (known if known is not None else 1)
-
-
-def _branch(repo: Repo, name: str, state: SearchState, track: Track, view: View) -> str:
-    if state.started and state.started[0].track != track.name:
-        raise UserError(f"--name {name}: that search belongs to track {state.started[0].track}, not {track.name}; "
-                        "a search is bound to one track: choose another --name")
-    ref = f"refs/heads/search/{name}"
-    if repo.rev(ref) is None:
-        head = repo.rev("HEAD")
-        assert head
-        lost = [t for t in state.trials.values() if t.done]
-        if lost and not repo.is_ancestor(lost[-1].done.sha, head):  # type: ignore[union-attr]
-            raise UserError(
-                f"branch search/{name} is gone, but the ledger has its kept commits (last {lost[-1].id}); bring it "
-                f"back with `git branch search/{name} refs/autoresearch/trial/{lost[-1].id}`, or use another --name")
-        repo.set_ref(ref, head, old=ZERO)
-        view.note(f"new branch search/{name} at {head[:12]}")
-    return ref
-
-
-def _heal_checkout(repo: Repo, state: SearchState, branch: str) -> None:
-    """A kill between the ref's move and the files' leaves the checked-out branch looking edited: bring it along."""
-    for trial in state.trials.values():
-        if trial.intent and trial.done and repo.rev(branch) == trial.done.sha:
-            repo.bring_along(branch, trial.intent.parent, trial.intent.sha)
-
-
-def _refuse_dirty(repo: Repo) -> None:
-    dirty = repo.dirty_paths()
-    if dirty:
-        shown = ", ".join(dirty[:5]) + (f" and {len(dirty) - 5} more" if len(dirty) > 5 else "")
-        raise UserError(f"the checkout has uncommitted changes ({shown}): what runs must be what is committed. "
-                        "Commit or stash them, then search again")
-
-
-def _catch_up(repo: Repo, branch: str, view: View) -> None:
-    """The search branch must run the code of this checkout: fast-forward it, or say what to merge."""
-    tip, head = repo.rev(branch), repo.rev("HEAD")
-    assert tip and head
-    if repo.code_tree(tip) == repo.code_tree(head):
-        return
-    short = branch.removeprefix("refs/heads/")
-    if repo.is_ancestor(tip, head):
-        repo.set_ref(branch, head, old=tip)
-        view.note(f"{short} fast-forwarded to your HEAD {head[:12]} (its keeps are in it, the trainer has moved on)")
-        return
-    raise UserError(f"{short} and your HEAD hold different trainer code. Bring its keeps into your branch with "
-                    f"`git merge {short}` (the search then goes on from there), or start afresh with --name")
 
 
 def _drive(bench: Bench, options: SearchOptions, parts: dict[str, str], proposer: Proposer,
@@ -335,6 +291,7 @@ def _carry(bench: Bench, trial: TrialState, inc: Incumbent) -> None:
         return
     confirm(bench, trial, inc)
     if trial.owes_commit:
+        bench.publish()  # the record that decided it is safe in git before a commit cites it
         bench.crash_point("before:commit")
         commit_keep(bench.repo, bench.ledger, bench.track, bench.search, bench.branch, trial)
         _refold(bench)

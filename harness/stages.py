@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.bench import Bench, infra_stop
+from harness.errors import UserError
 from harness.executor import RunDone, RunFailed
 from harness.gate import noise
 from harness.gate.verdict import breadth_verdict, confirm_step
@@ -46,7 +47,9 @@ class Incumbent:
 def incumbent(bench: Bench) -> Incumbent:
     """Read the incumbent from the search branch."""
     commit = bench.repo.rev(bench.branch)
-    assert commit, f"{bench.branch} is gone"
+    if commit is None:
+        raise UserError(f"{bench.branch.removeprefix('refs/heads/')} was deleted while the search ran; start the "
+                        "search again: it says how to bring the branch back")
     recipe = parse_recipe(bench.repo.show(commit, recipe_path(bench.track.name)), bench.track)
     knobs = bench.track.resolve(recipe)
     return Incumbent(commit, knobs, REGISTRY.config_hash(knobs))

@@ -11,6 +11,7 @@ import calendar
 import time
 from collections.abc import Mapping
 
+from harness.errors import UserError
 from harness.gitrepo import CommitPlan, Repo
 from harness.recipe import parse_recipe, render_recipe
 from harness.state import TrialState
@@ -99,7 +100,7 @@ def _prepare(repo: Repo, ledger: Ledger, track: Track, search: str, branch: str,
     files = candidate_files(repo, track, parent, trial.proposed.change)
     plan = CommitPlan(repo.build_tree(parent, files), parent, message(trial), git_date(trial.decided_ref[2]))
     sha = repo.build_commit(plan)
-    repo.set_ref(PIN + trial.id, sha)
+    _pin(repo, trial.id, sha)
     intent = CommitIntent(sha=sha, tree=plan.tree, parent=parent, branch=branch, message=plan.message,
                           date=plan.date, files=files, config_hash=trial.proposed.config_hash)
     ledger.append("commit.intent", intent, search=search, trial=trial.id)
@@ -113,5 +114,15 @@ def _rebuild(repo: Repo, trial: str, intent: CommitIntent) -> None:
         sha = repo.build_commit(CommitPlan(tree, intent.parent, intent.message, intent.date))
         if sha != intent.sha:
             raise RuntimeError(f"trial {trial}: rebuilt commit {sha} is not the intended {intent.sha}")
-    if repo.rev(PIN + trial) != intent.sha:
-        repo.set_ref(PIN + trial, intent.sha)
+    _pin(repo, trial, intent.sha)
+
+
+def _pin(repo: Repo, trial: str, sha: str) -> None:
+    """Keep the object from gc. A trial has one commit for ever: another under its id is somebody else's history."""
+    there = repo.rev(PIN + trial)
+    if there is None:
+        repo.set_ref(PIN + trial, sha)
+    elif there != sha:
+        raise UserError(f"{PIN}{trial} already pins commit {there[:12]}: this ledger has lost the trial that made it. "
+                        f"Restore the ledger (`git show refs/autoresearch/ledger:autoresearch.jsonl`), or use another "
+                        f"--name; `git update-ref -d {PIN}{trial}` gives the old commit up")

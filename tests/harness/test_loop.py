@@ -240,7 +240,7 @@ def test_a_kill_between_ref_and_files_is_healed(
     go(ws, trials=1)
     git(ws.root, "checkout", "-q", f"search/{TRACK}")
     with monkeypatch.context() as m:
-        m.setattr(search_module, "_heal_checkout", lambda *args: None)  # it is not what is to be killed
+        m.setattr(search_module, "heal_checkout", lambda *args: None)  # it is not what is to be killed
         wound(m, step, step == "bring_along")
         with pytest.raises(Killed):
             go(ws, trials=8)
