@@ -1,14 +1,47 @@
-"""What ``ledger verify`` asks beyond the chain: every verdict recomputed, every kept commit held against git."""
+"""What ``ledger verify`` asks beyond the chain: do the records agree with each other, and with what git holds?
+
+A hash chain proves little against a hand that rewrites all of it. So every figure that is written twice is
+compared with its other copy, verdicts and configurations are computed again, and git's own witnesses (the
+ledger's copy under its ref, the trailers of kept commits) are held against the file. Nothing is written.
+Here: the records among themselves. With git: ``harness.audit_git``.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.audit_git import commits, configurations, mirrored, witnessed
 from harness.gate.verdict import recompute
 from harness.gitrepo import Repo
-from harness.transaction import TRAILER_HEAD, TRAILER_TRIAL
 from ledger.decode import Record
 from ledger.problems import Problem, problem_at
-from ledger.records import CommitDone, Decided, PreflightRefused
+from ledger.records import (
+    CommitIntent,
+    ControlEnded,
+    Decided,
+    Finding,
+    NoiseMeasured,
+    PreflightRefused,
+    RunFigures,
+    StageEnded,
+    TrialProposed,
+)
 from ledger.verify import Check
+
+__all__ = ["checks", "commits", "findings", "intents", "measured", "noises", "verdicts"]
+
+TrialKey = tuple[str, str]  # search, trial
+
+
+def checks(repo: Repo, ledger_path: Path) -> list[Check]:
+    """Every check of this module, for ``ledger.verify.verify``. Raises InfraError when git fails.
+
+    Call it before the file is read: git's tips are taken here, and a search that goes on meanwhile writes to the
+    file first, so that the file must hold whatever git held now.
+    """
+    return [verdicts, commits(repo), mirrored(repo, ledger_path), measured, noises, findings, intents,
+            configurations(repo), witnessed(repo)]
 
 
 def verdicts(records: list[Record]) -> list[Problem]:
@@ -22,28 +55,97 @@ def verdicts(records: list[Record]) -> list[Problem]:
     return found
 
 
-def commits(repo: Repo) -> Check:
-    """A check over git: each committed keep exists and its trailers name the record that decided it."""
+class _Run(NamedTuple):
+    """A measured run and the 1-based line that recorded it."""
 
-    def check(records: list[Record]) -> list[Problem]:
-        by_seq = {r.seq: r for r in records}
-        found = []
-        for record in records:
-            if not isinstance(record.body, CommitDone):
-                continue
-            sha = record.body.sha
-            if repo.rev(sha) is None:
-                found.append(problem_at(record, "commit", f"commit {sha[:12]} is not in this repository", "warning"))
-                continue
-            trailers = repo.trailers(sha)
-            seq, _, h = trailers.get(TRAILER_HEAD, "").partition(":")
-            witness = by_seq.get(int(seq)) if seq.isdigit() else None
-            if trailers.get(TRAILER_TRIAL) != record.trial:
-                found.append(problem_at(record, "commit", f"commit {sha[:12]} names trial "
-                                        f"{trailers.get(TRAILER_TRIAL)!r}, the ledger {record.trial!r}"))
-            elif witness is None or witness.h != h:
-                found.append(problem_at(record, "commit", f"commit {sha[:12]} witnesses {TRAILER_HEAD} {seq}:{h[:12]}, "
-                                        "which is not in this ledger: it was rewritten or cut"))
-        return found
+    line: int
+    figures: RunFigures
 
-    return check
+
+def measured(records: list[Record]) -> list[Problem]:
+    """The figures that a verdict was made from are those of the runs recorded before it, field by field."""
+    runs: dict[tuple[object, ...], _Run] = {}
+    proposed: dict[TrialKey, TrialProposed] = {}
+    found = []
+    for record in records:
+        body, search = record.body, record.search
+        if isinstance(body, TrialProposed):
+            proposed[search, record.trial] = body
+        elif isinstance(body, StageEnded):
+            stage = record.type.partition(".")[0]
+            runs[search, record.trial, stage, body.run.k] = _Run(record.seq + 1, body.run)
+        elif isinstance(body, ControlEnded):
+            runs[_control_key(search, body, body.run.k)] = _Run(record.seq + 1, body.run)
+        elif isinstance(body, Decided):
+            for run in body.candidate:
+                found += _same_run(record, "candidate", run, runs.get((search, record.trial, body.stage, run.k)))
+            p = proposed.get((search, record.trial))
+            for run in body.control if p else []:
+                key = (search, body.stage, p.generation, p.parent_config, p.fingerprint, run.k)  # type: ignore[union-attr]
+                found += _same_run(record, "control", run, runs.get(key))
+    return found
+
+
+def _control_key(search: str, body: ControlEnded, k: int) -> tuple[object, ...]:
+    return search, body.stage, body.generation, body.config_hash, body.fingerprint, k
+
+
+def _same_run(record: Record, side: str, run: RunFigures, logged: _Run | None) -> list[Problem]:
+    if logged is None:
+        return [problem_at(record, "figures", f"{side} run k={run.k} ({run.run_id}) was judged, but no record before "
+                                              "this one says that it ended")]
+    if run == logged.figures:
+        return []
+    differ = [f"{name} {getattr(run, name)!r} (there {getattr(logged.figures, name)!r})"
+              for name in RunFigures.__struct_fields__ if getattr(run, name) != getattr(logged.figures, name)]
+    return [problem_at(record, "figures", f"{side} run k={run.k} is not the run that line {logged.line} recorded: "
+                                          + ", ".join(differ))]
+
+
+def noises(records: list[Record]) -> list[Problem]:
+    """Each noise figure is of the control runs that were recorded just before it."""
+    runs: dict[tuple[object, ...], dict[int, float]] = {}
+    last: dict[str, dict[int, float]] = {}  # search -> runs of the group whose control ended last
+    found = []
+    for record in records:
+        body = record.body
+        if isinstance(body, ControlEnded):
+            last[record.search] = runs.setdefault(_control_key(record.search, body, 0), {})
+            last[record.search][body.run.k] = body.run.val_bpb
+        elif isinstance(body, NoiseMeasured):
+            group = last.get(record.search, {})
+            values = [group[k] for k in sorted(group)]
+            if body.values != values:
+                found.append(problem_at(record, "figures", f"noise was measured from {body.values}, but the controls "
+                                                           f"recorded before it have val_bpb {values}"))
+    return found
+
+
+def findings(records: list[Record]) -> list[Problem]:
+    """What a finding says was measured is what the trial's verdict says."""
+    decided: dict[TrialKey, Decided] = {}
+    found = []
+    for record in records:
+        if isinstance(record.body, Decided):
+            decided[record.search, record.trial] = record.body
+        elif isinstance(record.body, Finding):
+            verdict = decided.get((record.search, record.trial))
+            want = verdict.delta_bpb if verdict else None
+            if record.body.measured_bpb != want:
+                found.append(problem_at(record, "finding", f"measured_bpb is {record.body.measured_bpb!r}, the trial's "
+                                                           f"verdict says delta_bpb {want!r}"))
+    return found
+
+
+def intents(records: list[Record]) -> list[Problem]:
+    """A commit is intended for the configuration that was proposed (that it is done as intended: lifecycle)."""
+    proposed: dict[TrialKey, str] = {}
+    found = []
+    for record in records:
+        body, key = record.body, (record.search, record.trial)
+        if isinstance(body, TrialProposed):
+            proposed[key] = body.config_hash
+        elif isinstance(body, CommitIntent) and body.config_hash != proposed.get(key, body.config_hash):
+            found.append(problem_at(record, "commit", f"config_hash {body.config_hash[:12]} is not the proposal's "
+                                                      f"{proposed[key][:12]}"))
+    return found

@@ -38,7 +38,7 @@ def same_history(repo: Repo, ledger: Ledger, state: SearchState, branch: str) ->
                         f"commits; check another branch out there (`git -C {elsewhere} switch --detach`), then search "
                         "again")
     known = {f"{r.seq}:{r.h}" for r in ledger.records(types=["decided"])}
-    # What lies before the search's first start belongs to whoever made it: a clone may carry keeps without their ledger.
+    # What lies before the search's first start is not its own: a clone may carry keeps without their ledger.
     base = state.started[0].incumbent_commit if state.started else "HEAD"
     for sha, trial, head in repo.witnesses(f"{base}..{branch}"):
         if head not in known:

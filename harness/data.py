@@ -76,6 +76,8 @@ def build_with_progress(
     if source != EMBEDDED and not Path(source).exists():
         raise UserError(f"--from {source}: no such file or folder; valid: embedded, a .jsonl or .jsonl.zst of "
                         '{"text": ...} lines, a text file, or a folder of text files')
+    if tokenizer is not None and not tokenizer.is_file():
+        raise UserError(f"--tokenizer {tokenizer}: no such file; give a SentencePiece .model, or leave it out")
     folder = out or embedded_dir(ws)
     columns = (TextColumn("{task.description:24s}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:

@@ -6,6 +6,7 @@ is resumed; a finished one is cleared away first (its ledger is kept aside), so 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,62 +19,110 @@ import git
 
 from harness.errors import InfraError, UserError
 from harness.gitrepo import IDENTITY, Repo, open_repo
+from harness.output import note, say
 from harness.search import load_state
+from harness.tracks import get_track
 from harness.workspace import DATA_ENV, DEMO_DIR, LEDGER_FILE, RECIPES_DIR, STATE_DIR, Workspace
-from ledger.errors import LedgerError
+from ledger.durable import atomic_write
+from ledger.errors import LedgerError, SearchLocked
 from ledger.lock import SearchLock
 
 DEMO_FILE = "demo.json"
 ARCHIVE = "demo-ledgers"
+LOCK_FILE = "demo.lock"  # held while a clone is prepared
+PID_FILE = "demo.pid"
 DEFAULT_SEED = 1
 
 
 def run_demo(ws: Workspace, *, trials: int, seed: int | None, track: str, fresh: bool, plain: bool) -> int:
     """Prepare the clone, then become its search (same process). Raises UserError, InfraError."""
+    get_track(track)
     if ws.root.name == DEMO_DIR:
         raise UserError(f"{ws.root} is itself a demo; run `autoresearch demo` in the checkout above it")
     folder = ws.root / DEMO_DIR
     repo = open_repo(ws.root)
-    head = repo.rev("HEAD")
-    wanted = {"head": head, "track": track, "seed": DEFAULT_SEED if seed is None else seed}
-    if folder.exists() and not fresh and _unfinished(folder, wanted, trials):
-        print(f"resuming the unfinished demo in {folder}")
-    else:
-        _start_over(ws, repo, folder, wanted)
+    wanted = {"head": repo.rev("HEAD"), "track": track, "seed": DEFAULT_SEED if seed is None else seed}
+    lock = SearchLock(ws.state / LOCK_FILE)
+    try:
+        lock.acquire()
+    except SearchLocked:
+        raise UserError(f"another demo is being prepared in {folder} ({lock.owner() or 'just now'}); "
+                        "wait until it runs, or stop it first") from None
+    try:
+        _prepare(ws, repo, folder, wanted, trials=trials, fresh=fresh)
+        # Who runs here, until its search has taken its own lock: exec keeps the process id and the folder.
+        (folder / STATE_DIR / PID_FILE).write_text(str(os.getpid()), encoding="utf-8")
+        os.chdir(folder)
+    finally:
+        lock.release()
     if repo.dirty_paths():
-        print("note: your checkout has uncommitted changes; the demo runs the last commit", file=sys.stderr)
+        say("note: your checkout has uncommitted changes; the demo runs the last commit", sys.stderr)
     argv = [sys.executable, "-P", "-m", "harness", "search", "--track", track, "--trials", str(trials),
             "--seed", str(wanted["seed"]), *(["--plain"] if plain else [])]
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", DATA_ENV: str(ws.data)}
-    os.chdir(folder)
-    sys.stdout.flush()
     os.execve(sys.executable, argv, env)
 
 
-def _unfinished(folder: Path, wanted: dict[str, Any], trials: int) -> bool:
+def _prepare(ws: Workspace, repo: Repo, folder: Path, wanted: dict[str, Any], *, trials: int, fresh: bool) -> None:
+    """Leave in ``folder`` the unfinished demo that was asked for, or a new one; says which and why."""
+    if folder.exists():
+        _refuse_if_running(folder)
+        why = "--fresh" if fresh else _outdated(folder, wanted, trials)
+        if not why:
+            note(f"resuming the unfinished demo in {folder}")
+            return
+        kept = _archive(ws, folder)
+        note(f"starting the demo over: {why}; " + (f"the old one's ledger is kept in {kept}" if kept else
+                                                   "the old one had no ledger yet"))
+    _start_over(ws, repo, folder, wanted)
+
+
+def _outdated(folder: Path, wanted: dict[str, Any], trials: int) -> str:
+    """Why the demo that is there cannot be resumed; empty if it can."""
     try:
         known = json.loads((folder / STATE_DIR / DEMO_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    if known != wanted:
-        return False
+        known = None
+    if not isinstance(known, dict):
+        return f"{folder} does not say what it is of"
+    differs = [f"{key} {_short(known.get(key))}, now {_short(value)}"
+               for key, value in wanted.items() if known.get(key) != value]
+    if differs:
+        return "the old one has " + "; ".join(differs).replace("head", "HEAD")
     try:
         state = load_state(Workspace(root=folder, main=folder), str(wanted["track"]))
     except LedgerError:
-        return True  # a torn or damaged ledger is the search's to mend or to report, not ours to delete
-    return state.decided < trials or not state.complete
+        return ""  # a torn or damaged ledger is the search's to mend or to report, not ours to delete
+    return "" if state.decided < trials or not state.complete else "the last one is finished"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 40 else text
+
+
+def _refuse_if_running(folder: Path) -> None:
+    """Raises UserError while a search, or a process about to become one, works in ``folder``."""
+    owner = SearchLock(folder / STATE_DIR / "search.lock").owner()
+    if owner:
+        raise UserError(f"a demo is running in {folder} ({owner}); stop it first")
+    try:
+        pid = int((folder / STATE_DIR / PID_FILE).read_text(encoding="utf-8"))
+        starting = pid != os.getpid() and Path(f"/proc/{pid}/cwd").readlink() == folder.resolve()
+    except (OSError, ValueError):
+        return  # no such file, process or /proc: nobody is known to start here
+    if starting:
+        raise UserError(f"a demo is running in {folder} (process {pid}, just starting or ending); stop it first")
 
 
 def _start_over(ws: Workspace, repo: Repo, folder: Path, wanted: dict[str, Any]) -> None:
-    """Clear an old demo away and make the clone anew; a kill leaves the old, nothing, or the new, never a half."""
+    """Clear an old demo away and make the clone anew; a kill leaves the old, nothing, or the new, never a half.
+
+    The caller holds the preparation's lock, so every ``.demo.*-*`` is the leftover of a killed one.
+    """
     if folder.exists():
-        owner = SearchLock(folder / STATE_DIR / "search.lock").owner()
-        if owner:
-            raise UserError(f"a demo is running in {folder} ({owner}); stop it first")
-        _archive(ws, folder)
         doomed = folder.with_name(f"{DEMO_DIR}.old-{os.getpid()}")
         folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
     for left in ws.root.glob(f"{DEMO_DIR}.*-*"):
         shutil.rmtree(left, ignore_errors=True)
     temp = folder.with_name(f"{DEMO_DIR}.new-{os.getpid()}")
@@ -87,7 +136,7 @@ def _start_over(ws: Workspace, repo: Repo, folder: Path, wanted: dict[str, Any])
     state.mkdir()
     (state / DEMO_FILE).write_text(json.dumps(wanted), encoding="utf-8")
     temp.rename(folder)
-    print(f"scratch workspace {folder}: a clone of {str(wanted['head'])[:12]}, plain recipe, empty ledger")
+    note(f"scratch workspace {folder}: a clone of {str(wanted['head'])[:12]}, plain recipe, empty ledger")
 
 
 def _plain(clone: Path) -> None:
@@ -104,11 +153,16 @@ def _plain(clone: Path) -> None:
         f.write(f"/{LEDGER_FILE}\n/{LEDGER_FILE}.*\n")
 
 
-def _archive(ws: Workspace, folder: Path) -> None:
-    """Keep the finished demo's ledger: disposable workspace, but no acknowledged record is thrown away."""
+def _archive(ws: Workspace, folder: Path) -> Path | None:
+    """Keep the old demo's ledger: disposable workspace, but no acknowledged record is thrown away."""
     old = folder / LEDGER_FILE
-    if old.is_file() and old.stat().st_size:
-        target = ws.state / ARCHIVE
-        target.mkdir(parents=True, exist_ok=True)
-        name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(old.stat().st_mtime))
-        shutil.copyfile(old, target / f"{name}.jsonl")
+    if not old.is_file() or not old.stat().st_size:
+        return None
+    folder = ws.state / ARCHIVE
+    folder.mkdir(parents=True, exist_ok=True)
+    when = time.strftime("%Y%m%dT%H%M%S", time.gmtime(old.stat().st_mtime))
+    content = old.read_bytes()
+    # The content is part of the name: two ledgers never share one, and a copy cut short is never taken for whole.
+    target = folder / f"{when}-{hashlib.sha256(content).hexdigest()[:8]}.jsonl"
+    atomic_write(target, content)
+    return target

@@ -19,6 +19,7 @@ from trainer.knobs import REGISTRY, KnobError, KnobValue
 
 TRACKS_FILE = Path(__file__).with_name("tracks.toml")
 STAGES = ("breadth", "confirm")
+PLANNED_TRACKS = ("gpu-proxy", "h100-1x", "record-8x")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,9 @@ def load_tracks() -> dict[str, Track]:
 def get_track(name: str) -> Track:
     """The track called ``name``, or UserError with the valid names."""
     tracks = load_tracks()
+    if name not in tracks and name in PLANNED_TRACKS:
+        raise UserError(f"--track {name}: planned, not in this version (see README.md, \"What is not there yet\"); "
+                        f"valid: {', '.join(tracks)}")
     if name not in tracks:
         raise UserError(f"--track {name}: no such track; valid: {', '.join(tracks)}")
     return tracks[name]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.executor import RunRequest
+from harness.output import say
 from harness.transaction import change_text
 from ledger.records import (
     CommitDone,
@@ -115,11 +118,17 @@ def describe(type_: str, trial: str, body: Any) -> tuple[str, str] | None:
 
 
 class PlainView:
-    """One line per thing worth knowing; for pipes, logs and CI."""
+    """One line per thing worth knowing; for pipes, logs and CI. A reader who goes away stops nothing.
 
-    def __init__(self, console: Console | None = None) -> None:
+    Lines are written without rich's help, whose Console ends the process on a broken pipe.
+    """
+
+    def __init__(self, out: TextIO | None = None) -> None:
         self.status = Status()
-        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._out = out or sys.stdout
+        self._heard = True
+        self._lines: deque[str] = deque()
+        self._writing = threading.Lock()  # events of several runs arrive from their own threads
         self._quarter: dict[str, tuple[str, int]] = {}
 
     def __enter__(self) -> PlainView:
@@ -130,7 +139,16 @@ class PlainView:
 
     def _print(self, text: str) -> None:
         elapsed = time.monotonic() - self.status.begin
-        self._console.print(Text(f"[{elapsed:6.1f}s] {text}"))
+        self._lines.append(Text(f"[{elapsed:6.1f}s] {text}").plain)
+        # Never waits: a signal's handler may come here in the middle of a write of the same thread, and whoever
+        # is writing takes the line with him.
+        while self._lines and self._writing.acquire(blocking=False):
+            try:
+                while self._lines:
+                    line = self._lines.popleft()
+                    self._heard = self._heard and say(line, self._out)
+            finally:
+                self._writing.release()
 
     def run_event(self, request: RunRequest, event: dict[str, Any]) -> None:
         run = RunView(request)
@@ -172,7 +190,8 @@ class LiveView:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._live.stop()
+        with contextlib.suppress(OSError):  # the terminal may have gone: the verdicts stand
+            self._live.stop()
 
     def run_event(self, request: RunRequest, event: dict[str, Any]) -> None:
         self._runs.setdefault(request.run_id, RunView(request)).update(event)
@@ -222,6 +241,6 @@ class LiveView:
 
 def make_view(plain: bool = False) -> View:
     """LiveView on a terminal, PlainView elsewhere."""
-    if plain or not sys.stdout.isatty():
+    if plain or sys.stdout is None or not sys.stdout.isatty():
         return PlainView()
     return LiveView()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
 from harness.errors import InfraError, UserError
+from harness.output import say, settle
 from harness.workspace import Workspace, find_workspace
 
 P = ParamSpec("P")
@@ -24,16 +26,22 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a progr
 PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines instead of the live panel.")]
 
 
-def whole(low: int) -> Callable[[Any], int]:
-    """A parser for whole numbers from ``low`` that says what was given and what is valid."""
+MACHINE_ERRNOS = frozenset({errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS})
+MAX_SEED = 2**63 - 1
+"""The ledger and the trainer keep seeds in 63 bits."""
+
+
+def whole(low: int, high: int | None = None) -> Callable[[Any], int]:
+    """A parser for whole numbers from ``low`` (to ``high``) that says what was given and what is valid."""
+    valid = f"from {low} up" if high is None else f"from {low} to {high}"
 
     def number(text: Any) -> int:
         try:
             value = int(str(text))
         except ValueError:
             value = low - 1
-        if value < low:
-            raise typer.BadParameter(f"{text!r} is not a whole number from {low} up")
+        if value < low or (high is not None and value > high):
+            raise typer.BadParameter(f"{text!r} is not a whole number {valid}")
         return value
 
     return number
@@ -59,35 +67,51 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 
 def guard(command: Callable[P, R]) -> Callable[P, R]:
-    """Show a known error as one message; 2 = the user's to mend, 1 = the machine's, 130 = interrupted."""
+    """Show a known error as one message; 2 = the user's to mend, 1 = the machine's, 130 = interrupted.
+
+    A reader of our output who leaves early (``| head``) is no error: 0, or what the command itself says.
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
-        except (InfraError, OSError) as e:
-            if isinstance(e, BrokenPipeError):
-                sys.stderr.close()
+            try:
+                return command(*args, **kwargs)
+            finally:
+                settle(sys.stdout)
+        except BrokenPipeError:
+            raise typer.Exit(0) from None
+        except SystemExit as e:
+            if isinstance(e.__context__, BrokenPipeError):  # what rich makes of one
                 raise typer.Exit(0) from None
-            known = isinstance(e, InfraError) or e.filename
-            if not known:
-                raise
-            message = str(e) if isinstance(e, InfraError) else f"{e.filename}: {e.strerror}"
-            fail(message, 1)
+            raise
+        except InfraError as e:
+            fail(str(e), 1)
+        except OSError as e:
+            reason = e.strerror or str(e) or type(e).__name__
+            fail(f"{e.filename}: {reason}" if e.filename else reason, 1)
         except KeyboardInterrupt:
             fail("interrupted", 130)
         except Exception as e:
             if not isinstance(e, user_errors()):
                 raise
-            fail(str(e), 2)
-        raise AssertionError("unreachable")
-
+            fail(str(e), 1 if by_machine(e) else 2)
     return run
 
 
-def fail(message: str, code: int) -> None:
+def by_machine(error: BaseException) -> bool:
+    """Whether an error was caused by a full, failing or read-only disk rather than by what was asked."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in MACHINE_ERRNOS:
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def fail(message: str, code: int) -> NoReturn:
     """Print an error to stderr and leave with ``code``."""
-    print(f"autoresearch: {message}", file=sys.stderr)
+    say(f"autoresearch: {message}", sys.stderr)
     raise typer.Exit(code)
 
 

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
-from harness.cli.common import JsonOption, WorkspaceOption, guard, print_json, workspace
+from harness.cli.common import JsonOption, WorkspaceOption, guard, print_json, whole, workspace
 from harness.errors import UserError
+
+VOCAB_SIZES = (260, 65_535)
+"""trainer.data.tokenizer's MIN_VOCAB and MAX_VOCAB (a test compares them): importing it costs --help too much."""
 
 app = typer.Typer(no_args_is_help=True, help="Build and check token shards.")
 
@@ -21,12 +24,20 @@ def build(
         typer.Option("--from", metavar="SOURCE", help="embedded | FILE.jsonl | FILE.jsonl.zst | text file or folder"),
     ] = "embedded",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder to create.")] = None,
-    vocab_size: Annotated[int, typer.Option("--vocab-size", help="Vocabulary of the tokenizer to train.")] = 1024,
+    vocab_size: Annotated[
+        int,
+        typer.Option(
+            "--vocab-size", parser=whole(*VOCAB_SIZES), metavar="N", help="Vocabulary of the tokenizer to train."
+        ),
+    ] = 1024,
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", metavar="MODEL", help="Use this SentencePiece model instead.")
     ] = None,
     val_docs: Annotated[
-        int | None, typer.Option("--val-docs", help="The first N documents are val (default: a share).")
+        int | None,
+        typer.Option(
+            "--val-docs", parser=whole(1), metavar="N", help="The first N documents are val (default: a share)."
+        ),
     ] = None,
     json_: JsonOption = False,
     where: WorkspaceOption = None,

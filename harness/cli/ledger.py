@@ -87,15 +87,15 @@ def tail(
 @app.command(epilog="Example: autoresearch ledger verify")
 @guard
 def verify(json_: JsonOption = False, where: WorkspaceOption = None) -> None:
-    """Check chain, sequence, life cycles, every verdict (recomputed) and every kept commit; exit 1 on a problem."""
-    from harness.audit import commits, verdicts
+    """Check chain and life cycles, every verdict again, and figures and commits against git; exit 1 on a problem."""
+    from harness.audit import checks
     from harness.gitrepo import Repo
     from ledger.verify import verify as check
 
     ws = workspace(where)
     if not ws.ledger.is_file():
         raise UserError(f"{ws.ledger}: no ledger yet; `autoresearch search` or `autoresearch demo` starts one")
-    report = check(ws.ledger, [verdicts, commits(Repo(ws.main))])
+    report = check(ws.ledger, checks(Repo(ws.main), ws.ledger))
     if json_:
         print_json(report.to_dict())
     else:

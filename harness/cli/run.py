@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from harness.cli.common import (
+    MAX_SEED,
     JsonOption,
     PlainOption,
     WorkspaceOption,
+    fail,
     guard,
     parse_sets,
     print_json,
@@ -27,12 +29,23 @@ NameOption = Annotated[
 SetOption = Annotated[list[str], typer.Option("--set", metavar="KNOB=VALUE", help="May be given several times.")]
 SeedOption = Annotated[
     int | None,
-    typer.Option("--seed", parser=whole(0), metavar="N", help="Seed of the search: proposals and runs follow."),
+    typer.Option(
+        "--seed", parser=whole(0, MAX_SEED), metavar="N", help="Seed of the search: proposals and runs follow."
+    ),
 ]
+
+
+PLANNED = (
+    "review", "watch", "doctor", "sweep", "replay", "promote", "sensitivity", "diagnose", "submit", "cluster",
+)
+"""Commands that are designed but not built: they say so, and stay out of --help."""
 
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands to the root."""
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    for name in PLANNED:
+        app.command(name=name, hidden=True, context_settings=anything)(planned)
     for command, example in (
         (search, "autoresearch search --track pocket --trials 8"),
         (try_, 'autoresearch try --set matrix_lr=0.02 --why "lower LRs won on short runs"'),
@@ -41,6 +54,12 @@ def register(app: typer.Typer) -> None:
         (knobs, "autoresearch knobs matrix_lr"),
     ):
         app.command(name=command.__name__.rstrip("_"), epilog=f"Example: {example}")(command)
+
+
+def planned(ctx: typer.Context) -> None:
+    """What a command that does not exist yet answers."""
+    fail(f"{ctx.info_name}: planned, not in this version (see README.md, \"What is not there yet\"; "
+         "`autoresearch --help` lists what works)", 2)
 
 
 def deadline(hours: float | None, until: str | None) -> tuple[float | None, str]:
@@ -125,7 +144,7 @@ def train(
         str, typer.Option("--track", "-t", help="TRACK/STAGE, for example pocket/confirm.")
     ] = "pocket/confirm",
     sets: SetOption = [],  # noqa: B006
-    seed: Annotated[int, typer.Option("--seed", parser=whole(0), metavar="N", help="Seed of the run.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", parser=whole(0, MAX_SEED), metavar="N", help="Seed of the run.")] = 1,
     json_: JsonOption = False,
     plain: PlainOption = False,
     where: WorkspaceOption = None,

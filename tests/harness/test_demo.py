@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,10 @@ def test_another_demo_starts_over(
     search_inside(ws, monkeypatch, trials=1)
     capsys.readouterr()
     start(ws, **change)
-    assert "resuming" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    (kept,) = (ws.root / ".autoresearch/demo-ledgers").iterdir()
+    assert "resuming" not in said and str(kept) in said
+    assert {"seed": "seed 1, now 9", "fresh": "--fresh", "track": "track nano, now pocket"}[next(iter(change))] in said
     assert not (ws.root / ".demo/ledger/autoresearch.jsonl").exists()
 
 
@@ -105,7 +109,8 @@ def test_a_new_commit_starts_over(ws: Workspace, capsys: pytest.CaptureFixture[s
     git(ws.root, "commit", "-q", "--allow-empty", "-m", "next", **IDENTITY)
     capsys.readouterr()
     start(ws)
-    assert "resuming" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resuming" not in said and f"now {git(ws.root, 'rev-parse', 'HEAD')[:12]}" in said
     assert git(ws.root / ".demo", "rev-parse", "HEAD~1") == git(ws.root, "rev-parse", "HEAD")
 
 
@@ -128,3 +133,55 @@ def test_a_demo_inside_a_demo_is_refused(ws: Workspace) -> None:
     inner = Workspace(root=ws.root / ".demo", main=ws.root / ".demo")
     with pytest.raises(UserError, match="itself a demo"):
         run_demo(inner, trials=1, seed=None, track="nano", fresh=False, plain=True)
+
+
+def test_two_preparations_at_once(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is refused with the owner's name and leaves the first one's clone in progress alone."""
+    plain = demo_module._plain
+    refusals: list[str] = []
+
+    def meanwhile(clone: Path) -> None:
+        with pytest.raises(UserError) as refused:
+            run_demo(ws, trials=2, seed=7, track="nano", fresh=True, plain=True)
+        refusals.append(str(refused.value))
+        plain(clone)
+
+    monkeypatch.setattr(demo_module, "_plain", meanwhile)
+    start(ws)
+    assert len(refusals) == 1 and "another demo" in refusals[0] and f"process {os.getpid()}" in refusals[0]
+    assert (ws.root / ".demo" / "harness").is_dir()
+
+
+def test_the_lock_ends_with_the_preparation(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = SearchLock(ws.state / demo_module.LOCK_FILE)
+    start(ws)
+    assert lock.path.is_file() and lock.owner() is None  # what the process becomes does not hold it
+    monkeypatch.setattr(demo_module, "_plain", lambda clone: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_demo(ws, trials=2, seed=7, track="nano", fresh=True, plain=True)
+    assert lock.owner() is None
+
+
+def test_a_demo_that_is_just_starting_is_not_torn_away(ws: Workspace) -> None:
+    """Between the preparation's lock and the search's own: known by its process id and folder."""
+    start(ws)
+    folder = ws.root / ".demo"
+    with subprocess.Popen(["sleep", "60"], cwd=folder) as other:
+        (folder / ".autoresearch" / demo_module.PID_FILE).write_text(str(other.pid))
+        try:
+            with pytest.raises(UserError, match=f"is running.*process {other.pid}"):
+                run_demo(ws, trials=2, seed=5, track="nano", fresh=True, plain=True)
+        finally:
+            other.kill()
+    start(ws, fresh=True)
+
+
+@pytest.mark.parametrize("track", ["bogus", "gpu-proxy"])
+def test_a_wrong_track_touches_nothing(ws: Workspace, monkeypatch: pytest.MonkeyPatch, track: str) -> None:
+    start(ws)
+    search_inside(ws, monkeypatch, trials=1)
+    ledger = (ws.root / ".demo/ledger/autoresearch.jsonl").read_bytes()
+    os.chdir(ws.root)
+    with pytest.raises(UserError, match=track):
+        run_demo(ws, trials=2, seed=None, track=track, fresh=False, plain=True)
+    assert (ws.root / ".demo/ledger/autoresearch.jsonl").read_bytes() == ledger

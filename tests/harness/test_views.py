@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from harness.executor import RunRequest
-from harness.views import LiveView, PlainView, RunView
+from harness.views import LiveView, PlainView, RunView, make_view
 from ledger.records import Decided, Finding, TrialFailed, TrialProposed
 from tests.ledger import samples
 
@@ -53,7 +57,7 @@ def test_progress_follows_the_event_stream() -> None:
 
 def lines_of(type_: str, body: Any) -> str:
     out = io.StringIO()
-    PlainView(Console(file=out, width=200)).record(type_, "pocket-0003", body)
+    PlainView(out).record(type_, "pocket-0003", body)
     return out.getvalue()
 
 
@@ -67,5 +71,52 @@ def test_verdicts_failures_and_proposals_get_a_line_and_findings_do_not() -> Non
 
 def test_markup_in_a_model_text_is_not_interpreted() -> None:
     out = io.StringIO()
-    PlainView(Console(file=out, width=200)).note("[red]not markup[/red] [link=http://x]y[/link]")
+    PlainView(out).note("[red]not markup[/red] [link=http://x]y[/link]")
     assert "[red]not markup[/red]" in out.getvalue()
+
+
+def test_a_reader_who_leaves_stops_nothing() -> None:
+    read, write = os.pipe()
+    out = os.fdopen(write, "w")
+    view = PlainView(out)
+    view.note("heard")
+    os.close(read)
+    for _ in range(3):
+        view.note("nobody listens")
+    assert str(Path(f"/proc/self/fd/{write}").readlink()) == os.devnull
+    out.close()  # flushes what the broken pipe left in the buffer: raises if that is still to be noisy at exit
+
+
+def test_a_full_disk_or_a_closed_stream_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full:
+        PlainView(full).note("no space")
+    closed = io.StringIO()
+    closed.close()
+    PlainView(closed).note("closed")
+    monkeypatch.setattr(sys, "stdout", None)
+    make_view().note("no stdout at all")
+
+
+def test_characters_that_the_stream_lacks_are_escaped() -> None:
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii")
+    PlainView(out).note("na\u00efve \u2192 x")
+    assert b"na\\xefve \\u2192 x\n" in raw.getvalue()
+
+
+def test_a_signal_in_the_middle_of_a_line_does_not_block() -> None:
+    """The loop's signal handler notes too: its line follows the one that it interrupted."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            if "first" in text:
+                view.note("handler")
+            return super().write(text)
+
+    out = Interrupted()
+    view = PlainView(out)
+    thread = threading.Thread(target=view.note, args=("first",), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert [line.split("] ")[1] for line in out.getvalue().splitlines()] == ["first", "handler"]
