@@ -271,19 +271,11 @@ def _lacking(repo: Repo, lacking: list[_Witness], records: list[Record], pins: s
 
 def _walk(repo: Repo, tips: Mapping[str, str]) -> list[_Witness]:
     """The commits with both trailers that are reachable from each tip, each once."""
-    def trailer(key: str) -> str:
-        return f"%(trailers:key={key},valueonly,unfold,separator=%x1f)"
-
     found: dict[str, _Witness] = {}
-    form = f"--format=%H%x09{trailer(TRAILER_TRIAL)}%x09{trailer(TRAILER_HEAD)}"
     for branch, tip in tips.items():
-        out = _git(repo, "-c", "log.showSignature=false", "log", form, tip, "--")
-        for line in out.decode("utf-8", "replace").split("\n"):
-            sha, _, rest = line.partition("\t")
-            trial, _, at = rest.partition("\t")
-            if trial and at and sha not in found:
-                seq, _, h = at.split("\x1f")[-1].strip().partition(":")
-                found[sha] = _Witness(sha, branch, trial.split("\x1f")[-1].strip(), seq, h)
+        for sha, trial, head in repo.witnesses(tip):
+            seq, _, h = head.partition(":")
+            found.setdefault(sha, _Witness(sha, branch, trial, seq, h))
     return list(found.values())
 
 

@@ -193,11 +193,15 @@ class Repo:
         return []
 
     def witnesses(self, revisions: str) -> list[tuple[str, str, str]]:
-        """(commit, trial, "seq:h") of every kept commit in ``revisions`` ("a..b"), newest first."""
-        out = self._git("log", "--format=%H%x09%(trailers:key=Trial,valueonly,separator=%x2C)%x09"
-                               "%(trailers:key=Ledger-Head,valueonly,separator=%x2C)", revisions, "--")
-        rows = [line.split("\t") for line in out.splitlines()]
-        return [(sha, trial, head) for sha, trial, head in rows if trial and head]
+        """(commit, trial, "seq:h") of every kept commit in ``revisions`` ("a..b"), newest first.
+
+        Replaced objects are looked through; of a trailer given twice the last counts.
+        """
+        trailer = "%(trailers:key={},valueonly,unfold,separator=%x1f)".format
+        out = self._git("--no-replace-objects", "-c", "log.showSignature=false", "log",
+                        f"--format=%H%x09{trailer('Trial')}%x09{trailer('Ledger-Head')}", revisions, "--")
+        rows = ([part.split("\x1f")[-1].strip() for part in line.split("\t")] for line in out.split("\n"))
+        return [(row[0], row[1], row[2]) for row in rows if len(row) == 3 and row[1] and row[2]]
 
     def commit_file(self, path: str, message: str) -> str:
         """Commit one file as it is on disk, in the person's name if git knows it; "" when nothing changed.
