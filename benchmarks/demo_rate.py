@@ -1,6 +1,6 @@
 """How often does the demo's search find a true improvement? Measured over many search seeds.
 
-    python benchmarks/demo_rate.py --searches 20 --out benchmarks/results/demo_rate.json
+    python -m benchmarks.demo_rate --searches 20
 
 Every search is the real loop (garden, preflight, breadth, confirm, gate, commit) with real training runs,
 each in a scratch clone of its own, from the plain recipe, until its first keep or ``--trials`` trials.
@@ -29,19 +29,18 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from harness.executor import EventSink, LocalExecutor, RunDone, RunFailed, RunRequest
+from harness.gitrepo import open_repo
+from harness.search import SearchOptions, run_search
+from harness.tracks import environment, get_track, run_seed
+from harness.views import PlainView
+from harness.workspace import Workspace
+from ledger.records import RunFigures
+from trainer.knobs import REGISTRY
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import msgspec  # noqa: E402
-
-from harness.executor import EventSink, LocalExecutor, RunDone, RunFailed, RunRequest  # noqa: E402
-from harness.gitrepo import open_repo  # noqa: E402
-from harness.search import SearchOptions, run_search  # noqa: E402
-from harness.tracks import environment, get_track, run_seed  # noqa: E402
-from harness.views import PlainView  # noqa: E402
-from harness.workspace import Workspace  # noqa: E402
-from ledger.records import RunFigures  # noqa: E402
-from trainer.knobs import REGISTRY  # noqa: E402
 
 
 class Bank:
@@ -190,7 +189,7 @@ def main() -> int:
         "searches": n, "with_true_keep": hits, "share": hits / n, "false_keeps": false, "trials_at_most": args.trials,
         "bank": args.bank, "track": args.track, "commit": args.commit,
         "cpu": environment(get_track(args.track)),
-        "command": "python benchmarks/demo_rate.py " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.demo_rate " + " ".join(sys.argv[1:]),
     }
     args.out.write_text(json.dumps(found, indent=1))
     print(json.dumps(found["summary"], indent=1))
