@@ -87,6 +87,8 @@ def _summary(outcome: SearchOutcome, state: SearchState) -> Panel:
                                          f"{honest[2]:.4f}")
         else:
             table.add_row("honest gain", "not measured yet: fresh controls are run when the search goes on")
+    elif not state.decided:
+        table.add_row("kept", "none yet: no trial is decided")
     else:
         table.add_row("kept", "none: no change was shown to be better than the noise. That is a result, too")
     table.add_row("cost", f"{outcome.seconds / 60:.1f} minutes now; {state.seconds / 60:.1f} worker-minutes in all")
@@ -101,12 +103,12 @@ def _next_steps(ws: Workspace, outcome: SearchOutcome) -> Text:
     trial = _interesting(outcome.state)
     git = f"git -C {DEMO_DIR}" if demo else "git"
     rows = [
-        ("the commits", f"{git} log --stat search/{outcome.search} -- {recipe_path(track)}"),
+        ("the commits", f"{git} log --stat search/{outcome.search} -- {recipe_path(track)}" if outcome.state.kept
+         else ""),
         ("a verdict in words", f"autoresearch gate explain {trial}{at}" if trial else ""),
         ("every event", f"autoresearch ledger tail{at}"),
         ("check the ledger", f"autoresearch ledger verify{at}"),
-        ("go on", f"autoresearch search --track {track}{name} --trials {outcome.state.decided + 8}"
-                  + ("   (in the checkout itself)" if demo else "")),
+        ("go on", _go_on(outcome, track, name, demo)),
     ]
     rows = [row for row in rows if row[1]]
     text = Text("where to look next\n", style="bold")
@@ -116,6 +118,14 @@ def _next_steps(ws: Workspace, outcome: SearchOutcome) -> Text:
     if get_track(track).meaningless:
         text.append(f"track {track} is for fault tests: its verdicts mean nothing\n", style="bold red")
     return text
+
+
+def _go_on(outcome: SearchOutcome, track: str, name: str, demo: bool) -> str:
+    """The command that continues: the same one after a stop, more trials after an end."""
+    if demo and outcome.reason == "stopped":
+        return "make demo   (it resumes)"
+    command = f"autoresearch search --track {track}{name} --trials {outcome.state.decided + 8}"
+    return command + ("   (in the checkout itself)" if demo else "")
 
 
 def _interesting(state: SearchState) -> str:

@@ -118,7 +118,7 @@ def open_ledger(ws: Workspace, view: View | None = None) -> Ledger:
     """The workspace's ledger, reconciled with its ref (restored if a reset or clean took it)."""
     ws.ledger.parent.mkdir(parents=True, exist_ok=True)
     notice = reconcile(ws.main, ws.ledger)
-    if view and notice.split(":")[0] not in ("new", "equal", "extends"):  # only what a person should know
+    if view and notice.split(":")[0] not in ("new", "equal", "extends", "unpublished"):
         view.note(notice)
     return Ledger(ws.ledger)
 
