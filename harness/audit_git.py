@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.errors import InfraError, UserError
-from harness.gitrepo import Repo
+from harness.gitrepo import TRAILER_HEAD, TRAILER_TRIAL, Repo
 from harness.recipe import parse_recipe
 from harness.tracks import Track, fingerprint, get_track
-from harness.transaction import PIN, TRAILER_HEAD, TRAILER_TRIAL
+from harness.transaction import PIN
 from harness.workspace import recipe_path
 from ledger.decode import Record
 from ledger.mirror import BLOB_NAME, REF

@@ -77,7 +77,6 @@ class Bench:
     mirror: Callable[[], object]  # store the ledger under its ref
     crash_point: Callable[[str], None] = field(default=lambda name: None)  # tests kill here
     _interrupts: int = 0
-    _wake: threading.Event = field(default_factory=threading.Event)
 
     def write(self, type_: str, body: Body, trial: str = "") -> Any:
         """Append durably, fold into the state, show. Returns the record."""
@@ -127,7 +126,6 @@ class Bench:
                     on_done(outcome)
                 else:
                     failures.append(outcome)
-            self.view.tick()
         if any(f.kind == "stopped" for f in failures):
             raise Stopped("stopped")
         return failures

@@ -26,6 +26,7 @@ IDENTITY = {
 
 _FSYNC = ["-c", "core.fsync=all", "-c", "core.fsyncMethod=fsync", "-c", "gc.auto=0"]
 ZERO = "0" * 40
+TRAILER_TRIAL, TRAILER_HEAD = "Trial", "Ledger-Head"  # of kept commits
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Repo:
         """
         trailer = "%(trailers:key={},valueonly,unfold,separator=%x1f)".format
         out = self._git("--no-replace-objects", "-c", "log.showSignature=false", "log",
-                        f"--format=%H%x09{trailer('Trial')}%x09{trailer('Ledger-Head')}", revisions, "--")
+                        f"--format=%H%x09{trailer(TRAILER_TRIAL)}%x09{trailer(TRAILER_HEAD)}", revisions, "--")
         rows = ([part.split("\x1f")[-1].strip() for part in line.split("\t")] for line in out.split("\n"))
         return [(row[0], row[1], row[2]) for row in rows if len(row) == 3 and row[1] and row[2]]
 

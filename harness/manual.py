@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -17,9 +18,12 @@ from harness.tracks import STAGES, get_track
 from harness.views import LiveView, PlainView, make_view
 from harness.workspace import Workspace, recipe_path, require_own_code
 from ledger.lock import SearchLock
+from trainer.knobs import KnobValue
 
 
-def run_once(ws: Workspace, where: str, sets: dict[str, str], seed: int, *, quiet: bool, plain: bool) -> dict[str, Any]:
+def run_once(
+    ws: Workspace, where: str, sets: Mapping[str, KnobValue], seed: int, *, quiet: bool, plain: bool
+) -> dict[str, Any]:
     """Train, export and score the checkout's recipe with ``sets`` on TRACK/STAGE; returns the figures.
 
     Raises UserError on a bad track, stage or knob, InfraError when the run fails.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 
 from harness.errors import UserError
-from harness.gitrepo import CommitPlan, Repo
+from harness.gitrepo import TRAILER_HEAD, TRAILER_TRIAL, CommitPlan, Repo
 from harness.recipe import parse_recipe, render_recipe
 from harness.state import TrialState
 from harness.tracks import Track
@@ -22,7 +22,6 @@ from ledger.store import Ledger
 from trainer.knobs import KnobValue
 
 PIN = "refs/autoresearch/trial/"
-TRAILER_TRIAL, TRAILER_HEAD = "Trial", "Ledger-Head"
 
 
 def change_text(change: Mapping[str, KnobValue], previous: Mapping[str, KnobValue]) -> str:

@@ -89,7 +89,6 @@ class View(Protocol):
     def run_over(self, request: RunRequest) -> None: ...
     def record(self, type_: str, trial: str, body: Any) -> None: ...
     def note(self, text: str) -> None: ...
-    def tick(self) -> None: ...
 
 
 def describe(type_: str, trial: str, body: Any) -> tuple[str, str] | None:
@@ -171,9 +170,6 @@ class PlainView:
     def note(self, text: str) -> None:
         self._print(text)
 
-    def tick(self) -> None:
-        return
-
 
 class LiveView:
     """A panel that refreshes in place; readable at 80 columns."""
@@ -206,9 +202,6 @@ class LiveView:
 
     def note(self, text: str) -> None:
         self._log.append((text, "magenta"))
-
-    def tick(self) -> None:
-        return
 
     def render(self) -> RenderableType:
         """The whole panel as it stands (called by rich's refresh thread)."""

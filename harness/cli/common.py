@@ -123,16 +123,3 @@ def workspace(given: str | None) -> Workspace:
 def print_json(data: Any) -> None:
     """JSON to stdout, one document."""
     print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False))
-
-
-def parse_sets(pairs: list[str]) -> dict[str, str]:
-    """``["beta2=0.99", ...]`` as a dict. Raises UserError on anything else or on a repeated name."""
-    out: dict[str, str] = {}
-    for pair in pairs:
-        name, sep, value = pair.partition("=")
-        if not sep or not name.strip() or not value.strip():
-            raise UserError(f"--set {pair!r}: expected NAME=VALUE, for example --set beta2=0.99")
-        if name.strip() in out:
-            raise UserError(f"--set {name.strip()}: given twice; give each knob once")
-        out[name.strip()] = value.strip()
-    return out

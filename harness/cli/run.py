@@ -15,7 +15,6 @@ from harness.cli.common import (
     WorkspaceOption,
     fail,
     guard,
-    parse_sets,
     print_json,
     whole,
     workspace,
@@ -150,10 +149,11 @@ def train(
     where: WorkspaceOption = None,
 ) -> None:
     """One run by hand: trained, exported, scored by the referee; nothing is written to the ledger."""
+    from agent.proposers.manual import parse_settings
     from harness.manual import run_once
 
     ws = workspace(where)
-    figures = run_once(ws, track, parse_sets(sets), seed, quiet=json_, plain=plain)
+    figures = run_once(ws, track, parse_settings(sets), seed, quiet=json_, plain=plain)
     if json_:
         print_json(figures)
     else:

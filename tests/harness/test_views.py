@@ -94,7 +94,9 @@ def test_a_full_disk_or_a_closed_stream_stops_nothing(monkeypatch: pytest.Monkey
     closed.close()
     PlainView(closed).note("closed")
     monkeypatch.setattr(sys, "stdout", None)
-    make_view().note("no stdout at all")
+    view = make_view()
+    view.note("no stdout at all")
+    assert isinstance(view, PlainView)
 
 
 def test_characters_that_the_stream_lacks_are_escaped() -> None:

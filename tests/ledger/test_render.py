@@ -143,4 +143,4 @@ def test_mermaid_has_a_node_per_commit_and_an_edge_per_keep(records: list[Record
 
 def test_reading_a_ledger_does_not_import_rich() -> None:
     code = "import sys, ledger.store, ledger.queries, ledger.verify, ledger.render; sys.exit('rich' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60).returncode == 0
