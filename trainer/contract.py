@@ -35,6 +35,7 @@ Split = Literal["dev", "val", "holdout"]
 EVENT_KINDS: dict[str, str] = {
     "started": "first line: trainer_path, tree_hash, torch, device, params, steps",
     "step": "step (1-based), of, train_loss (nats/token), lr_scale, tokens, elapsed_s (training clock)",
+    "dev": "step, dev_loss (nats/token on the dev slice, the float model, no roundtrip), tokens (targets scored)",
     "phase": "name: data | compile | train | export | load | score",
     "score": "windows done, of (referee only)",
     "finished": "last line of a run that wrote its result",
@@ -64,6 +65,8 @@ class RunSpec:
     deterministic: bool = True
     compile: bool = False  # torch.compile over the step (CUDA)
     log_every: int = 1  # steps between "step" events
+    dev_every: int = 0  # steps between "dev" events, which change nothing in the run; 0 = none
+    dev_tokens: int = 0  # tokens of the dev slice that a "dev" event scores; 0 = all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ class RunResult:
     tree_hash: str  # hash of the trainer package that was imported
     torch_version: str
     device_name: str
+    payload_bytes: int = 0  # the artifact before compression; 0: not reported
     extra: Mapping[str, float] = field(default_factory=dict)
 
 

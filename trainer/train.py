@@ -208,6 +208,10 @@ class _Log:
         self._clock = time.process_time if device.type == "cpu" else time.perf_counter
         self._since = self._clock()
 
+    def resume(self) -> None:
+        """Go on after a pause that is not a step's."""
+        self._since = self._clock()
+
     def add(self, trainer: Trainer, loss: Tensor, last: bool, began: float) -> None:
         """Take in one step's loss. Raises RunFailed("nan") naming the first step that was not finite."""
         self._waiting.append(loss)
@@ -228,8 +232,37 @@ class _Log:
         )
 
 
-def train_loop(trainer: Trainer, events: EventStream, log_every: int) -> tuple[list[float], list[float], float]:
-    """Steps until the budget is used. Returns loss and cost (seconds) of every step, and the whole wall time."""
+class DevSlice:
+    """The dev slice (cut from train), scored by the model as it stands: tells a hopeless run early.
+
+    Says nothing of the artifact, and is this process's own word: good enough to give a run up, never to praise it.
+    """
+
+    def __init__(self, spec: RunSpec, seq_len: int, device: torch.device) -> None:
+        """Raises DataError when the data folder has no dev split."""
+        from trainer.data.loader import eval_tokens
+
+        stream = torch.from_numpy(eval_tokens(Path(spec.data_dir), "dev", spec.dev_tokens, seq_len).astype(np.int64))
+        self._x = stream[:-1].reshape(-1, seq_len).to(device)
+        self._y = stream[1:].reshape(-1, seq_len).to(device)
+        self.tokens, self.seq_len = self._y.numel(), seq_len
+
+    @torch.no_grad()
+    def loss(self, model: GPT, batch_seqs: int) -> float:
+        """Mean nats/token. Draws no random number and touches no state."""
+        total = 0.0
+        for x, y in zip(self._x.split(batch_seqs), self._y.split(batch_seqs), strict=True):
+            total += float(model(x, y)) * y.numel()
+        return total / self.tokens
+
+
+def train_loop(
+    trainer: Trainer, events: EventStream, log_every: int, dev: DevSlice | None = None, dev_every: int = 0
+) -> tuple[list[float], list[float], float]:
+    """Steps until the budget is used. Returns loss and cost (seconds) of every step, and the time they took.
+
+    With ``dev``, its loss is reported after every ``dev_every`` steps but the last; that time is no one's cost.
+    """
     synchronize(trainer.device)
     log = _Log(events, log_every, trainer.device)
     began = time.perf_counter()
@@ -240,6 +273,13 @@ def train_loop(trainer: Trainer, events: EventStream, log_every: int) -> tuple[l
         log.add(trainer, loss, last, began)
         if last:
             return log.losses, log.step_s, time.perf_counter() - began
+        if dev and trainer.step_index % dev_every == 0:
+            pause = time.perf_counter()
+            value = dev.loss(trainer.model, max(1, trainer.batch_tokens // dev.seq_len))
+            if np.isfinite(value):  # a run that is not finite is caught by its training loss
+                events.emit("dev", step=trainer.step_index, dev_loss=value, tokens=dev.tokens)
+            log.resume()
+            began += time.perf_counter() - pause
 
 
 def check_spec(spec: RunSpec) -> dict[str, KnobValue]:
@@ -248,6 +288,9 @@ def check_spec(spec: RunSpec) -> dict[str, KnobValue]:
         raise ContractError(f"RunSpec.seed = {spec.seed}: expected 0 <= seed < 2**63")
     if spec.log_every < 1:
         raise ContractError(f"RunSpec.log_every = {spec.log_every}: expected a whole number >= 1")
+    for name, value in (("dev_every", spec.dev_every), ("dev_tokens", spec.dev_tokens)):
+        if value < 0:
+            raise ContractError(f"RunSpec.{name} = {value}: expected a whole number >= 0")
     return REGISTRY.resolve(spec.knobs)
 
 
@@ -281,8 +324,9 @@ def run(spec: RunSpec, events: EventStream, started: float) -> RunResult:
         events.emit("phase", name="compile")
         trainer.warm_up()
     events.emit("phase", name="train")
+    dev = DevSlice(spec, int(knobs["train_seq_len"]), device) if spec.dev_every else None
     setup_s = time.perf_counter() - started
-    losses, step_s, train_s = train_loop(trainer, events, spec.log_every)
+    losses, step_s, train_s = train_loop(trainer, events, spec.log_every, dev, spec.dev_every)
     events.emit("phase", name="export")
     began = time.perf_counter()
     path = Path(spec.out_dir) / ARTIFACT_FILE
@@ -299,6 +343,6 @@ def run(spec: RunSpec, events: EventStream, started: float) -> RunResult:
         train_seconds=train_s, setup_seconds=setup_s, export_seconds=time.perf_counter() - began,
         step_ms=1e3 * statistics.median(step_s), final_train_loss=sum(tail) / len(tail),
         artifact_path=str(path), artifact_bytes=info.bytes, artifact_sha256=info.sha256,
-        code_bytes=code_bytes(knobs), peak_memory_bytes=peak_memory(device), tree_hash=tree,
-        torch_version=torch.__version__, device_name=device_name(device),
+        payload_bytes=info.payload_bytes, code_bytes=code_bytes(knobs), peak_memory_bytes=peak_memory(device),
+        tree_hash=tree, torch_version=torch.__version__, device_name=device_name(device),
     )

@@ -29,6 +29,7 @@ from trainer.contract import (
     dump,
     load_outcome,
 )
+from trainer.data.loader import TrainLoader
 from trainer.data.shards import write_shard
 from trainer.knobs import REGISTRY
 from trainer.runtime import EventStream, RunFailed, configure, fast_exact_matmul, is_out_of_memory
@@ -61,8 +62,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FIELDS = ("seed", "log_every", "device", "threads", "dev_every", "dev_tokens")
+
+
 def spec(data: Path, out: Path, **change: Any) -> RunSpec:
-    fields = {k: change.pop(k) for k in ("seed", "log_every", "device", "threads") if k in change}
+    fields = {k: change.pop(k) for k in FIELDS if k in change}
     knobs = REGISTRY.resolve(ref.SMALL, {"iterations": 12}, change)
     return RunSpec(**{"run_id": "t", "seed": 3, **fields}, knobs=knobs, data_dir=str(data), out_dir=str(out))
 
@@ -141,6 +145,52 @@ def test_warm_up_leaves_no_trace() -> None:
         assert torch.equal(cold.step(0.0), warm.step(0.0))
     a, b = cold.final_weights(), warm.final_weights()
     assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+# The dev slice.
+
+
+@pytest.fixture(scope="module")
+def data_with_dev(data: Path) -> Path:
+    write_shard(data / "fineweb_dev_000000.bin", np.random.default_rng(1).integers(2, 260, 700).astype(np.uint16))
+    return data
+
+
+def test_dev_events_change_nothing(data_with_dev: Path, tmp_path: Path) -> None:
+    plain, seen = (in_process(spec(data_with_dev, tmp_path / str(n), dev_every=n, ema_decay=0.5), tmp_path / str(n))
+                   for n in (0, 4))
+    assert isinstance(plain, RunResult) and isinstance(seen, RunResult)
+    assert (plain.artifact_sha256, plain.final_train_loss) == (seen.artifact_sha256, seen.final_train_loss)
+    events = [e for e in lines(tmp_path / "4" / EVENTS_FILE) if e["kind"] == "dev"]
+    assert [e["step"] for e in events] == [4, 8]  # none after the last step: the referee's word follows
+    assert not [e for e in lines(tmp_path / "0" / EVENTS_FILE) if e["kind"] == "dev"]
+
+
+def test_dev_loss_is_the_cross_entropy_of_the_slice(data_with_dev: Path, tmp_path: Path) -> None:
+    s = spec(data_with_dev, tmp_path / "o", dev_every=5, dev_tokens=300)
+    assert isinstance(in_process(s, tmp_path / "o"), RunResult)
+    event = next(e for e in lines(tmp_path / "o" / EVENTS_FILE) if e["kind"] == "dev")
+    knobs = REGISTRY.resolve(s.knobs)
+    length = int(knobs["train_seq_len"])
+    t = Trainer(knobs, s.seed, TrainLoader(data_with_dev, int(knobs["train_batch_tokens"]), length, s.seed), CPU)
+    for _ in range(5):
+        t.step(0.0)
+    tokens = np.random.default_rng(1).integers(2, 260, 700)[: 299 // length * length + 1]
+    x, y = tokens[:-1].reshape(-1, length), tokens[1:]
+    with torch.no_grad():
+        logits = t.model.logits(torch.from_numpy(x)).double().numpy().reshape(len(y), -1)
+    logits -= logits.max(axis=1, keepdims=True)
+    loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(y)), y]
+    assert event["tokens"] == len(y)
+    assert event["dev_loss"] == pytest.approx(loss.mean(), rel=1e-5)
+
+
+def test_dev_events_need_a_dev_split(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_shard(folder / "fineweb_train_000000.bin", np.full(5000, 9, dtype=np.uint16))
+    outcome = in_process(spec(folder, tmp_path / "o", dev_every=4), tmp_path / "o")
+    assert isinstance(outcome, Failure) and outcome.failure == "infra" and "dev" in outcome.error
 
 
 # Results and events.
@@ -258,6 +308,7 @@ def test_a_plain_allocation_error_is_recognised() -> None:
     [
         ({"device": "tpu"}, "RunSpec.device = 'tpu'"), ({"threads": 0}, "RunSpec.threads = 0"),
         ({"seed": -1}, "RunSpec.seed = -1"), ({"log_every": 0}, "RunSpec.log_every = 0"),
+        ({"dev_every": -1}, "RunSpec.dev_every = -1"), ({"dev_tokens": -1}, "RunSpec.dev_tokens = -1"),
         ({"vocab_size": 300, "device": "cuda:99"}, "cuda:99"),
     ],
 )
