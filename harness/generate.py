@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import re
 import sys
 import typing
@@ -64,7 +65,7 @@ def records() -> str:
 
     parts = []
     for event, body in BODIES.items():
-        parts.append(f"#### `{event}`\n\n{class_fields(CODE_ROOT / 'ledger' / 'records.py', body.__name__)}")
+        parts.append(f"#### `{event}`\n\n{class_fields(Path(inspect.getfile(body)), body.__name__)}")
     return "\n".join(parts)
 
 

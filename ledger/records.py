@@ -11,9 +11,20 @@ from typing import Any
 
 import msgspec
 
-SCHEMA_VERSION = 1
+from ledger.body import Body, Knobs
+from ledger.measured import (
+    CalibrationMeasured,
+    HonestMeasured,
+    PanelMeasured,
+    RevertIntent,
+    RevertVoid,
+    TimingMeasured,
+    TrackDerived,
+    TransferMeasured,
+    TrialReverted,
+)
 
-Knobs = dict[str, bool | int | float | str]
+SCHEMA_VERSION = 1
 
 
 class Writer(msgspec.Struct, frozen=True):
@@ -38,10 +49,6 @@ class Envelope(msgspec.Struct, frozen=True):
     body: msgspec.Raw
     prev: str  # h of the record before, 64 zeros at genesis
     h: str
-
-
-class Body(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of all bodies."""
 
 
 class Genesis(Body, frozen=True):
@@ -109,6 +116,8 @@ class RunFigures(Body, frozen=True):
     evaluator_hash: str
     data_fingerprint: str
     attempt: int = 1
+    payload_bytes: int = 0  # the artifact before compression; 0: unknown
+    dev: list[list[float]] = []  # [step, nats/token on the dev slice], as the trainer saw it on its way
 
 
 class ControlEnded(Body, frozen=True):
@@ -156,6 +165,8 @@ class PreflightPassed(Body, frozen=True):
     cap_bytes: int
     step_ms: float
     checks: list[str]
+    control_step_ms: float = 0.0  # the incumbent's, side by side with it; 0: not measured
+    converged_bytes: int = 0  # predicted total of the same model trained for long; 0: not predicted
 
 
 class PreflightRefused(Body, frozen=True):
@@ -195,6 +206,18 @@ class Look(Body, frozen=True):
     decision: str  # keep | reject | continue
 
 
+class EarlyStop(Body, frozen=True):
+    """A breadth run that was given up on its way: dev loss too far above the incumbent's at the same step and seed."""
+
+    k: int
+    seed: int
+    step: int
+    of: int
+    control: float  # nats/token
+    candidate: float
+    threshold: float  # candidate - control that is given up
+
+
 class Decided(Body, frozen=True):
     verdict: str  # keep | reject
     reason: str  # kept.gain | rejected.worse | rejected.noise | rejected.immaterial | ...
@@ -214,6 +237,10 @@ class Decided(Body, frozen=True):
     sigma_df: float | None = None
     cost_seconds: float = 0.0  # worker-seconds spent on this trial
     cap_bytes: int = 0  # the track's cap that the worst seed was held against (0: bytes were not judged)
+    timing: list[list[float]] = []  # step ms of [control, candidate], measured side by side
+    simpler: int = 0  # settings that the candidate has fewer than the incumbent (negative: more)
+    early: EarlyStop | None = None  # why breadth was not finished
+    needed_timing: int = 0  # only in a "continue": timing pairs wanted before the verdict
     needed_pairs: int = 0  # only in a gate's "continue", which is never written: pairs of the next look
 
 
@@ -270,6 +297,8 @@ class Finding(Body, frozen=True):
     predicted_bpb: float | None
     measured_bpb: float | None
     lesson: str
+    predicted_bytes: int | None = None  # what preflight said the artifact and code would weigh
+    measured_bytes: int | None = None  # the worst confirm run
 
 
 class Note(Body, frozen=True):
@@ -296,6 +325,15 @@ BODIES: dict[str, type[Body]] = {
     "commit.void": CommitVoid,
     "trial.failed": TrialFailed,
     "trial.abandoned": TrialAbandoned,
+    "timing.measured": TimingMeasured,
+    "honest.measured": HonestMeasured,
+    "revert.intent": RevertIntent,
+    "trial.reverted": TrialReverted,
+    "revert.void": RevertVoid,
+    "calibration.measured": CalibrationMeasured,
+    "panel.measured": PanelMeasured,
+    "track.derived": TrackDerived,
+    "transfer.measured": TransferMeasured,
     "finding": Finding,
     "note": Note,
 }

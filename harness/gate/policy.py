@@ -53,6 +53,12 @@ def _increasing(v: Any) -> bool:
             and all(a < b for a, b in itertools.pairwise(v)))
 
 
+def _fractions(v: Any) -> bool:
+    """At most 8 increasing floats strictly between 0 and 1."""
+    return (isinstance(v, tuple) and len(v) <= 8 and all(isinstance(x, float) and 0.0 < x < 1.0 for x in v)
+            and all(a < b for a, b in itertools.pairwise(v)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prior:
     """The noise scale shipped with a track: what is believed before anything was measured here."""
@@ -129,6 +135,33 @@ class Policy:
     price_time: float = _real(0.0005, "lambda_T: bpb charged per 1% of step time beyond the dead band",
                               0.0, 10.0)
     time_deadband_pct: float = _real(2.0, "step time excess that is taken for timing noise, %", 0.0, 1000.0)
+    time_credit: bool = _declare(
+        False, "a candidate faster than the dead band is credited at price_time, as a slower one is charged",
+        "true or false", lambda v: isinstance(v, bool))
+    timing_pairs: int = _whole(
+        0, "step times are compared over so many runs of incumbent and candidate side by side before a keep or "
+        "a rejected.runtime; 0 = by the step times of the judged runs themselves", 0, 100)
+    cheaper_bytes_fraction: float = _real(
+        0.0, "kept.cheaper without a gain: non-inferior bpb and fewer bytes by at least this fraction of the "
+        "track's cap; 0 = never", 0.0, 1.0)
+    faster_pct: float = _real(
+        0.0, "kept.faster without a gain: non-inferior bpb and step time shorter by at least this many % (every "
+        "timing pair agreeing in sign); 0 = never", 0.0, 100.0)
+    simpler_settings: int = _whole(
+        0, "kept.simpler without a gain: non-inferior bpb and at least so many settings fewer; 0 = never", 0, 100)
+    honest_pairs: int = _whole(
+        0, "after a keep: fresh seeds on which it is measured again against its parent; 0 = never", 0, 1000)
+    honest_extend: int = _whole(
+        0, "fresh seeds added when the first ones say that the gain is below zero, before it is reverted", 0, 1000)
+    bank_max: int = _whole(
+        0, "idle workers grow the confirm bank to so many controls; trials then use its blocks in turn", 0, 10_000)
+    early_fractions: tuple[float, ...] = _declare(
+        (), "points of a breadth run (fraction of its steps) where it may be given up; none = never",
+        "at most 8 increasing numbers between 0 and 1", lambda v: _fractions(v))
+    early_nats: tuple[float, ...] = _declare(
+        (), "at each of early_fractions: given up when its dev loss lies above the incumbent's, same step and seed, "
+        "by more than this, nats/token", "as many numbers as early_fractions, each above 0",
+        lambda v: isinstance(v, tuple) and all(isinstance(x, float) and 0.0 < x < 100.0 for x in v))
     for_tests_only: bool = _declare(
         False, "verdicts under this policy mean nothing, and say so", "true or false",
         lambda v: isinstance(v, bool))
@@ -142,8 +175,7 @@ class Policy:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the inverse of :func:`from_dict`."""
         data = dataclasses.asdict(self)
-        data["looks"] = list(self.looks)
-        return data
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @property
     def max_pairs(self) -> int:
@@ -197,6 +229,9 @@ def from_dict(data: Mapping[str, Any], where: str = "recorded policy") -> Policy
         raise PolicyError(
             f"{where}: prior.sigma_d = {policy.prior.sigma_d:g} with prior.sigma_run = "
             f"{policy.prior.sigma_run:g}; valid: sigma_d at most 2 sigma_run (correlation >= -1)")
+    if len(policy.early_nats) != len(policy.early_fractions):
+        raise PolicyError(f"{where}: early_nats = {list(policy.early_nats)!r}; valid: one for each of early_fractions "
+                          f"= {list(policy.early_fractions)!r}")
     return policy
 
 

@@ -6,6 +6,19 @@ from typing import Any
 
 import msgspec
 
+from ledger.measured import (
+    CalibrationMeasured,
+    EditNoise,
+    HonestMeasured,
+    PanelLength,
+    PanelMeasured,
+    RevertIntent,
+    RevertVoid,
+    TimingMeasured,
+    TrackDerived,
+    TransferMeasured,
+    TrialReverted,
+)
 from ledger.records import (
     Body,
     CommitDone,
@@ -194,6 +207,42 @@ EVERY: dict[str, Body] = {
     "commit.void": CommitVoid(sha="1" * 40, reason="the branch has moved"),
     "trial.failed": TrialFailed(reason="failed.nan", stage="breadth", detail="loss is not finite at step 40"),
     "trial.abandoned": TrialAbandoned(reason="stopped"),
+    "timing.measured": TimingMeasured(pairs=[[100.0, 110.5], [101.0, 111.0]], steps=10, seconds=12.5),
+    "honest.measured": HonestMeasured(
+        sha="1" * 40, generation=1, parent_config="p" * 64, config_hash="c" * 64, ks=[0, 1], differences=[0.01, -0.02],
+        gain=-0.005, se=0.015, claimed=0.02, floor=0.0, decision="extend",
+    ),
+    "revert.intent": RevertIntent(
+        sha="2" * 40, tree="3" * 40, parent="1" * 40, branch="refs/heads/search/night", message="Revert",
+        date="1 +0000", files={"trainer/recipes/pocket.toml": ""}, reverts="1" * 40, reason="reverted.honest",
+    ),
+    "trial.reverted": TrialReverted(
+        sha="2" * 40, branch="refs/heads/search/night", reverts="1" * 40, reason="reverted.honest"
+    ),
+    "revert.void": RevertVoid(sha="2" * 40, reason="the branch has moved"),
+    "calibration.measured": CalibrationMeasured(
+        track="pocket", fingerprint=FINGERPRINT, fingerprint_parts={"data": "d"}, stage="confirm", config_hash="c" * 64,
+        commit=BASE, seeds=[1, 2], values=[2.5, 2.51], sigma_run=0.007, same_seed=[2.5, 2.5], bitwise=True,
+        edits=[EditNoise(change={"beta2": 0.99}, differences=[0.001, 0.003], sigma_d=0.0014)], sigma_d=0.0014,
+        correlation=0.9, correlation_low=0.8, correlation_high=0.95, step_ms_spread_pct=3.0, bytes_spread=900,
+        seconds=120.0,
+    ),
+    "panel.measured": PanelMeasured(
+        track="pocket", fingerprint=FINGERPRINT, config_hash="c" * 64, changes=[{"beta2": 0.99}], confirm_gains=[0.001],
+        confirm_pairs=4, breadth_pairs=2, seconds=600.0,
+        lengths=[PanelLength(steps=60, gains=[0.002], tau=0.5, tau_low=0.1, tau_high=0.8, false_kill=0.1,
+                             true_kill=0.6, seconds=12.0)],
+    ),
+    "track.derived": TrackDerived(
+        track="pocket-2x", base="pocket", changes={"confirm_steps": "120 -> 240"}, base_protocol="a" * 64,
+        protocol="b" * 64, why="does it last?",
+    ),
+    "transfer.measured": TransferMeasured(
+        subject="t1", change={"beta2": 0.99}, source_track="pocket", source_fingerprint=FINGERPRINT, source_gain=0.01,
+        track="pocket-2x", fingerprint="e" * 64, base_config="p" * 64, config_hash="c" * 64, ks=[0, 1],
+        differences=[0.01, 0.012], gain=0.011, se=0.001, low=0.009, high=0.013, delta_bytes=-10, delta_step_pct=0.5,
+        verdict="transfers", seconds=200.0,
+    ),
     "finding": Finding(
         line="optimizer", move="bracket", predicted_bpb=-0.01, measured_bpb=None, lesson="größer ≠ besser"
     ),
