@@ -82,5 +82,6 @@ class Proposer(Protocol):
     """``propose`` is deterministic in the context (or records what it drew on); it never measures."""
 
     name: str
+    slow: bool  # thinks long enough for idle workers to be given something else meanwhile
 
     def propose(self, context: Context) -> Proposal: ...

@@ -14,7 +14,9 @@ from typing import NamedTuple
 from harness.audit_git import commits, configurations, mirrored, witnessed
 from harness.gate.verdict import recompute
 from harness.gitrepo import Repo
+from harness.settle import honest_figures
 from ledger.decode import Record
+from ledger.measured import HonestMeasured
 from ledger.problems import Problem, problem_at
 from ledger.records import (
     CommitIntent,
@@ -29,7 +31,7 @@ from ledger.records import (
 )
 from ledger.verify import Check
 
-__all__ = ["checks", "commits", "findings", "intents", "measured", "noises", "verdicts"]
+__all__ = ["checks", "commits", "findings", "honesty", "intents", "measured", "noises", "verdicts"]
 
 TrialKey = tuple[str, str]  # search, trial
 
@@ -40,7 +42,7 @@ def checks(repo: Repo, ledger_path: Path) -> list[Check]:
     Call it before the file is read: git's tips are taken here, and a search that goes on meanwhile writes to the
     file first, so that the file must hold whatever git held now.
     """
-    return [verdicts, commits(repo), mirrored(repo, ledger_path), measured, noises, findings, intents,
+    return [verdicts, commits(repo), mirrored(repo, ledger_path), measured, noises, honesty, findings, intents,
             configurations(repo), witnessed(repo)]
 
 
@@ -103,22 +105,52 @@ def _same_run(record: Record, side: str, run: RunFigures, logged: _Run | None) -
 
 
 def noises(records: list[Record]) -> list[Problem]:
-    """Each noise figure is of the control runs that were recorded just before it."""
+    """Each noise figure is of one incumbent's control runs, as they stood when it was written."""
     runs: dict[tuple[object, ...], dict[int, float]] = {}
-    last: dict[str, dict[int, float]] = {}  # search -> runs of the group whose control ended last
     found = []
     for record in records:
         body = record.body
         if isinstance(body, ControlEnded):
-            last[record.search] = runs.setdefault(_control_key(record.search, body, 0), {})
-            last[record.search][body.run.k] = body.run.val_bpb
+            runs.setdefault(_control_key(record.search, body, 0), {})[body.run.k] = body.run.val_bpb
         elif isinstance(body, NoiseMeasured):
-            group = last.get(record.search, {})
-            values = [group[k] for k in sorted(group)]
-            if body.values != values:
-                found.append(problem_at(record, "figures", f"noise was measured from {body.values}, but the controls "
-                                                           f"recorded before it have val_bpb {values}"))
+            banks = [[group[k] for k in sorted(group)] for key, group in runs.items()
+                     if key[:2] == (record.search, body.stage)]
+            if body.values not in banks:
+                found.append(problem_at(record, "figures", f"noise was measured from {body.values}, which are the "
+                                                           "control runs of no incumbent recorded before it"))
     return found
+
+
+def honesty(records: list[Record]) -> list[Problem]:
+    """What a keep showed on fresh seeds follows from the control runs of both sides, and the decision from that."""
+    runs: dict[tuple[object, ...], float] = {}
+    decided: dict[TrialKey, Decided] = {}
+    found = []
+    for record in records:
+        body = record.body
+        if isinstance(body, ControlEnded) and body.stage == "confirm":
+            runs[record.search, body.generation, body.config_hash, body.run.k] = body.run.val_bpb
+        elif isinstance(body, Decided):
+            decided[record.search, record.trial] = body
+        elif isinstance(body, HonestMeasured):
+            verdict = decided.get((record.search, record.trial))
+            found += [problem_at(record, "figures", text) for text in _dishonest(record, body, verdict, runs)]
+    return found
+
+
+def _dishonest(
+    record: Record, body: HonestMeasured, verdict: Decided | None, runs: dict[tuple[object, ...], float],
+) -> list[str]:
+    sides = [[runs.get((record.search, body.generation, config, k)) for k in body.ks]
+             for config in (body.parent_config, body.config_hash)]
+    if verdict is None or any(x is None for side in sides for x in side):
+        return ["the keep or the control runs that it rests on are not recorded before it"]
+    parent, kept = ([x for x in side if x is not None] for side in sides)
+    pairs = int(verdict.policy.get("honest_pairs", 0))
+    last = len(body.ks) >= pairs + int(verdict.policy.get("honest_extend", 0))
+    again = honest_figures(verdict, parent, kept, last)
+    return [f"{name} is {getattr(body, name)!r}, the runs give {value!r}" for name, value in again.items()
+            if getattr(body, name) != value]
 
 
 def findings(records: list[Record]) -> list[Problem]:

@@ -13,16 +13,20 @@ from typing import Any
 
 from harness.errors import InfraError
 from harness.executor import Executor, RunDone, RunFailed, RunRequest
+from harness.gate.early import dev_every
 from harness.gate.policy import Policy
 from harness.gitrepo import Repo
 from harness.state import SearchState, apply
-from harness.tracks import Track, run_seed
+from harness.tracks import STAGES, Track, run_seed
 from harness.views import View
 from ledger.errors import LedgerError
 from ledger.records import Body
 from ledger.store import Ledger
 
 POLL_S = 0.05
+SHORT_TOKENS = 1024  # scored by runs that only have to get through: preflight, timing
+
+OnDone = Callable[[RunDone], None]
 
 
 class Stopped(Exception):
@@ -42,7 +46,7 @@ class Budget:
         """The reason to stop, "" if there is none."""
         if self.trials is not None and state.decided >= self.trials:
             return "budget.trials"
-        if self.keeps is not None and state.generation >= self.keeps:
+        if self.keeps is not None and len(state.standing) >= self.keeps:
             return "budget.keeps"
         if self.deadline is not None and time.time() >= self.deadline:
             return self.why_deadline
@@ -76,6 +80,8 @@ class Bench:
     state: SearchState
     mirror: Callable[[], object]  # store the ledger under its ref
     crash_point: Callable[[str], None] = field(default=lambda name: None)  # tests kill here
+    filler: Callable[[], tuple[RunRequest, OnDone] | None] = field(default=lambda: None)  # work for an idle worker
+    _idle: dict[Future[RunDone | RunFailed], OnDone] = field(default_factory=dict)  # filler runs under way
     _interrupts: int = 0
 
     def write(self, type_: str, body: Body, trial: str = "") -> Any:
@@ -98,28 +104,36 @@ class Bench:
         return run_seed(self.seed, stage, self.state.generation, k)
 
     def request(self, *, owner: str, stage: str, k: int, knobs: dict[str, Any], commit: str, files: dict[str, str],
-                steps: int | None = None) -> RunRequest:
+                ) -> RunRequest:
         """A run of this search: steps, split and token budget follow from the stage."""
-        tokens = self.track.val_tokens if stage == "confirm" else self.track.dev_tokens
-        knobs = {**knobs, "iterations": steps or self.track.steps("confirm" if stage == "confirm" else "breadth")}
+        steps = self.track.steps(stage) if stage in STAGES else self.track.timing_steps
+        tokens = {"confirm": self.track.val_tokens, "breadth": self.track.dev_tokens}.get(stage, SHORT_TOKENS)
+        knobs = {**knobs, "iterations": steps}
         generation = self.state.generation
+        every = dev_every(self.policy, steps) if stage == "breadth" else 0
         return RunRequest(
             run_id=f"{self.search}-{owner}-{stage}-g{generation}-{k}-{self.fingerprint[:8]}", owner=owner, stage=stage,
             k=k, seed=self.seed_of(stage, k), knobs=knobs, commit=commit, files=files,
-            split="val" if stage == "confirm" else "dev", max_tokens=tokens if stage != "preflight" else 1024,
+            split="val" if stage == "confirm" else "dev", max_tokens=tokens, dev_every=every,
+            dev_tokens=self.track.dev_tokens // 2 if every else 0,
         )
 
-    def wave(self, requests: Sequence[RunRequest], on_done: Callable[[RunDone], None]) -> list[RunFailed]:
+    def wave(self, requests: Sequence[RunRequest], on_done: OnDone) -> list[RunFailed]:
         """Run all, call ``on_done`` for each as it finishes (that is where it is logged), return the failures.
 
-        A first interrupt lets the wave finish; a second ends its runs. Raises Stopped afterwards.
+        Workers that have nothing to do meanwhile are offered to ``filler``. A first interrupt lets the wave finish;
+        a second ends its runs. Raises Stopped afterwards.
         """
         futures: dict[Future[RunDone | RunFailed], RunRequest] = {
             self.executor.submit(r, self.view.run_event): r for r in requests
         }
+        self.fill(self.executor.workers - len(futures) - len(self._idle))
         failures: list[RunFailed] = []
         while futures:
-            for future in wait(futures, timeout=POLL_S, return_when=FIRST_COMPLETED).done:
+            for future in wait([*futures, *self._idle], timeout=POLL_S, return_when=FIRST_COMPLETED).done:
+                if future in self._idle:
+                    self._settle_idle(future)
+                    continue
                 self.view.run_over(futures.pop(future))
                 outcome = future.result()
                 if isinstance(outcome, RunDone):
@@ -129,6 +143,28 @@ class Bench:
         if any(f.kind == "stopped" for f in failures):
             raise Stopped("stopped")
         return failures
+
+    def fill(self, free: int) -> None:
+        """Give ``free`` idle workers something useful, as far as there is anything and nobody has asked to stop."""
+        for _ in range(free if not self._interrupts else 0):
+            work = self.filler()
+            if work is None:
+                return
+            self._idle[self.executor.submit(work[0], self.view.run_event)] = work[1]
+
+    def _settle_idle(self, future: Future[RunDone | RunFailed]) -> None:
+        """Log a filler run. One that failed is left out: the run is made again, in earnest, when it is needed."""
+        on_done = self._idle.pop(future)
+        outcome = future.result()
+        self.view.run_over(outcome.request)
+        if isinstance(outcome, RunDone):
+            on_done(outcome)
+
+    def drain(self) -> None:
+        """Wait for filler runs that are under way, and log them."""
+        for future in list(self._idle):
+            wait([future])
+            self._settle_idle(future)
 
     def check_stop(self) -> None:
         """Raise Stopped if a person or the clock asked for it."""

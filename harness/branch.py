@@ -59,6 +59,8 @@ def heal_checkout(repo: Repo, state: SearchState, branch: str) -> None:
     for trial in state.trials.values():
         if trial.intent and trial.done and repo.rev(branch) == trial.done.sha:
             repo.bring_along(branch, trial.intent.parent, trial.intent.sha)
+        if trial.revert_intent and trial.reverted and repo.rev(branch) == trial.reverted.sha:
+            repo.bring_along(branch, trial.revert_intent.parent, trial.reverted.sha)
 
 
 def refuse_dirty(repo: Repo) -> None:

@@ -6,13 +6,15 @@ importing a pinned worktree of the code the search started with. Every figure th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import queue
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +65,9 @@ class RunRequest:
     files: Mapping[str, str] = field(default_factory=dict)
     split: Split = "val"
     max_tokens: int = 0
+    dev_every: int = 0  # steps between the trainer's looks at the dev slice; 0 = none
+    dev_tokens: int = 0
+    watch: Callable[[dict[str, Any]], str] | None = None  # sees every event; a word ends the run: it is given up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,7 @@ class RunFailed:
     """A run without figures, and whose fault it was."""
 
     request: RunRequest
-    kind: FailureKind | Literal["stopped"]
+    kind: FailureKind | Literal["stopped", "given-up"]
     detail: str
     log_tail: str = ""
     wall_seconds: float = 0.0
@@ -153,6 +158,7 @@ class LocalExecutor:
             run_id=request.run_id, seed=request.seed, knobs=dict(request.knobs), data_dir=str(self._data),
             out_dir=str(folder), device=self._track.device, threads=self._track.threads,
             deterministic=self._track.deterministic, compile=self._track.compile,
+            dev_every=request.dev_every, dev_tokens=request.dev_tokens,
         )
         expected = self._prepare(request, slot)
         result = _finished(folder, spec)
@@ -165,7 +171,8 @@ class LocalExecutor:
         score = self._score(request, result, folder, sink)
         if isinstance(score, RunFailed):
             return score
-        return RunDone(request=request, figures=figures(request, result, score[0], wall + score[1], attempt))
+        return RunDone(request=request, figures=figures(
+            request, result, score[0], wall + score[1], attempt, dev_losses(folder)))
 
     def _prepare(self, request: RunRequest, slot: Path) -> str:
         """Make the worker's worktree the candidate's tree; returns the hash of its trainer."""
@@ -221,12 +228,13 @@ class LocalExecutor:
             [sys.executable, "-P", "-m", "trainer", *args], cwd=folder,
             env=child_env(code, self._track.threads, folder), timeout_s=self._track.run_timeout_s,
             hang_s=self._track.hang_timeout_s, memory_bytes=self._track.memory_limit_bytes, stop=self._stop,
-            on_event=lambda event: sink(request, event),
+            on_event=lambda event: sink(request, event), watch=request.watch,
         )
 
 
 def figures(
-    request: RunRequest, result: RunResult, score: ScoreResult, wall_seconds: float, attempt: int = 1
+    request: RunRequest, result: RunResult, score: ScoreResult, wall_seconds: float, attempt: int = 1,
+    dev: Sequence[tuple[int, float]] = (),
 ) -> RunFigures:
     """The trainer's figures and the referee's, side by side, as the ledger keeps them."""
     return RunFigures(
@@ -237,8 +245,30 @@ def figures(
         tokens=result.tokens, params=result.params, peak_memory_bytes=result.peak_memory_bytes,
         final_train_loss=result.final_train_loss, split=score.split, eval_tokens=score.tokens,
         eval_bytes=score.bytes, tree_hash=result.tree_hash, evaluator_hash=score.evaluator_hash,
-        data_fingerprint=score.data_fingerprint, attempt=attempt,
+        data_fingerprint=score.data_fingerprint, attempt=attempt, payload_bytes=result.payload_bytes,
+        dev=[[step, loss] for step, loss in dev],
     )
+
+
+def dev_losses(folder: Path) -> list[tuple[int, float]]:
+    """(step, nats/token) of the run's "dev" events. The trainer's own word; nonsense is left out."""
+    found = []
+    with contextlib.suppress(OSError), (folder / EVENTS_FILE).open(encoding="utf-8", errors="replace") as f:
+        for line in f:
+            if '"dev"' in line:
+                with contextlib.suppress(ValueError):
+                    point = dev_point(json.loads(line))
+                    found += [point] if point else []
+    return found
+
+
+def dev_point(event: Any) -> tuple[int, float] | None:
+    """(step, loss) of a "dev" event, if it is one and says something possible."""
+    if not isinstance(event, dict) or event.get("kind") != "dev":
+        return None
+    step, loss = event.get("step"), event.get("dev_loss")
+    known = isinstance(step, int) and isinstance(loss, float) and math.isfinite(loss)
+    return (step, loss) if known else None  # type: ignore[return-value]
 
 
 def _finished(folder: Path, spec: RunSpec) -> RunResult | None:
@@ -267,13 +297,15 @@ def _mismatch(result: RunResult, request: RunRequest, tree: str, folder: Path) -
 
 def _failure(request: RunRequest, done: ProcessOutcome, path: Path) -> RunFailed | None:
     """Classify how a process ended; None when it left its result."""
-    def failed(kind: FailureKind | Literal["stopped"], detail: str) -> RunFailed:
+    def failed(kind: FailureKind | Literal["stopped", "given-up"], detail: str) -> RunFailed:
         return RunFailed(request=request, kind=kind, detail=detail, log_tail=done.log_tail,
                          wall_seconds=done.wall_seconds)
 
     what = "scoring" if path.name == SCORE_FILE else "training"
     if done.ended == "stopped":
         return failed("stopped", "stopped by the user")
+    if done.ended == "given-up":
+        return failed("given-up", done.why)
     if done.ended != "exit":
         return failed(_ENDED[done.ended], f"{what} ended by the supervisor: {done.ended} "
                                           f"after {done.wall_seconds:.0f} s (see {LOG_FILE}, {EVENTS_FILE})")

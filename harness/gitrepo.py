@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ IDENTITY = {
 _FSYNC = ["-c", "core.fsync=all", "-c", "core.fsyncMethod=fsync", "-c", "gc.auto=0"]
 ZERO = "0" * 40
 TRAILER_TRIAL, TRAILER_HEAD = "Trial", "Ledger-Head"  # of kept commits
+TRAILER_REVERTS = "Reverts-Trial"  # of commits that take a keep back, which have no Trial
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Repo:
         out = self._git("status", "--porcelain=v1", "-z", "--untracked-files=no", "--no-renames")
         return [line[3:] for line in out.split("\0") if line and line[3:] != LEDGER_FILE]
 
-    def build_tree(self, base: str, files: Mapping[str, str]) -> str:
-        """The tree of commit ``base`` with whole files replaced, written through a private index."""
+    def build_tree(self, base: str, files: Mapping[str, str], removes: Sequence[str] = ()) -> str:
+        """The tree of commit ``base`` with whole files replaced or removed, written through a private index."""
         folder = tempfile.mkdtemp(prefix="autoresearch-index-")
         try:
             env = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
@@ -111,6 +112,8 @@ class Repo:
             for path, text in sorted(files.items()):
                 blob = self._git("hash-object", "-w", "--stdin", stdin=text.encode())
                 self._git("update-index", "--add", "--cacheinfo", f"100644,{blob},{path}", env=env)
+            for path in removes:
+                self._git("update-index", "--force-remove", "--", path, env=env)
             return self._git("write-tree", env=env)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -10,11 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.search import SearchOutcome
-from harness.state import SearchState, TrialState
+from harness.state import SearchState
 from harness.tracks import get_track
 from harness.workspace import DEMO_DIR, Workspace, recipe_path
 from ledger.queries import lineage
-from ledger.records import RunFigures
 from ledger.render_lineage import lineage_tree
 from ledger.store import Ledger
 from trainer.knobs import Knob
@@ -48,25 +49,29 @@ def print_search(ws: Workspace, outcome: SearchOutcome) -> None:
 
 
 def claimed_gain(state: SearchState) -> float:
-    """Sum of the kept trials' measured gains, bpb: selected figures, so too good on average."""
-    return -sum(t.decided.delta_bpb or 0.0 for t in _kept(state) if t.decided)
+    """Sum of the gains that the standing keeps were kept for, bpb: selected figures, so too good on average."""
+    return -sum(t.decided.delta_bpb or 0.0 for t in state.standing if t.decided)
 
 
-def honest_gain(state: SearchState) -> tuple[float, float, float] | None:
-    """(gain, baseline mean, incumbent mean) from fresh controls of first and last incumbent; None if one lacks."""
-    confirm = {key[1]: runs for key, runs in state.controls.items() if key[0] == "confirm" and runs}
-    if 0 not in confirm or state.generation not in confirm or state.generation == 0:
+def honest_gain(state: SearchState) -> tuple[float, float] | None:
+    """(gain, standard error) over all standing keeps, each from fresh seeds against its parent; None if one lacks."""
+    fresh = [t.honest for t in state.standing]
+    if not fresh or not all(fresh):
         return None
-    first, last = _mean(confirm[0]), _mean(confirm[state.generation])
-    return first - last, first, last
+    return sum(h.gain for h in fresh if h), math.sqrt(sum(h.se**2 for h in fresh if h))
 
 
-def _kept(state: SearchState) -> list[TrialState]:
-    return [state.trials[t] for t in state.kept]
-
-
-def _mean(runs: dict[int, RunFigures]) -> float:
-    return sum(r.val_bpb for r in runs.values()) / len(runs)
+def control_means(state: SearchState) -> tuple[float, float] | None:
+    """(baseline, incumbent) mean val_bpb of their control runs, each on seeds of its own; None if one lacks."""
+    if not state.standing or not state.started:
+        return None
+    ends = []
+    for config in (state.started[0].incumbent_config, state.standing[-1].proposed.config_hash):
+        groups = [runs for key, runs in state.controls.items() if (key[0], key[2]) == ("confirm", config) and runs]
+        if not groups:
+            return None
+        ends.append(fmean(r.val_bpb for runs in groups for r in runs.values()))
+    return ends[0], ends[1]
 
 
 def _summary(outcome: SearchOutcome, state: SearchState) -> Panel:
@@ -78,15 +83,21 @@ def _summary(outcome: SearchOutcome, state: SearchState) -> Panel:
     table.add_row("ended", REASONS.get(outcome.reason, outcome.reason))
     table.add_row("trials", f"{state.decided} decided: " + (", ".join(f"{n} {r}" for r, n in sorted(verdicts.items()))
                                                           or "none"))
+    taken_back = state.generation - len(state.standing)
     if state.generation:
-        table.add_row("kept", f"{state.generation} commit(s), claimed gain {claimed_gain(state):.4f} bpb in all "
+        table.add_row("kept", f"{len(state.standing)} commit(s), claimed gain {claimed_gain(state):.4f} bpb in all "
                               "(selected, so flattering)")
         honest = honest_gain(state)
         if honest:
-            table.add_row("honest gain", f"{honest[0]:+.4f} bpb, from fresh controls: {honest[1]:.4f} -> "
-                                         f"{honest[2]:.4f}")
-        else:
-            table.add_row("honest gain", "not measured yet: fresh controls are run when the search goes on")
+            table.add_row("honest gain", f"{honest[0]:+.4f} +- {honest[1]:.4f} bpb: every keep against its parent on "
+                                         "fresh seeds")
+        elif state.standing:
+            table.add_row("honest gain", "not measured yet: fresh seeds are run when the search goes on")
+        means = control_means(state)
+        if means:
+            table.add_row("controls", f"{means[0]:.4f} -> {means[1]:.4f} val_bpb")
+        if taken_back:
+            table.add_row("taken back", f"{taken_back} commit(s) whose gain was not there on fresh seeds")
     elif not state.decided:
         table.add_row("kept", "none yet: no trial is decided")
     else:
@@ -130,7 +141,7 @@ def _go_on(outcome: SearchOutcome, track: str, name: str, demo: bool) -> str:
 
 def _interesting(state: SearchState) -> str:
     decided = [t.id for t in state.trials.values() if t.decided]
-    return state.kept[-1] if state.kept else (decided[-1] if decided else "")
+    return state.standing[-1].id if state.standing else (decided[-1] if decided else "")
 
 
 def knob_dict(knob: Knob) -> dict[str, Any]:

@@ -30,12 +30,13 @@ KEEP_ENV = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEV
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessOutcome:
-    """How a process ended. ``ended``: exit | timeout | hang | memory | log | stopped."""
+    """How a process ended. ``ended``: exit | timeout | hang | memory | log | stopped | given-up (``why`` says)."""
 
     ended: str
     returncode: int
     wall_seconds: float
     log_tail: str
+    why: str = ""
 
 
 def child_env(code_root: Path, threads: int, home: Path) -> dict[str, str]:
@@ -53,9 +54,11 @@ def child_env(code_root: Path, threads: int, home: Path) -> dict[str, str]:
 def run_process(
     argv: list[str], *, cwd: Path, env: Mapping[str, str], timeout_s: float, hang_s: float, memory_bytes: int,
     stop: threading.Event, on_event: Callable[[dict[str, Any]], None] | None = None,
+    watch: Callable[[dict[str, Any]], str] | None = None,
 ) -> ProcessOutcome:
     """Run to its end, or end it. ``cwd`` is the run folder; output goes to its log, events are followed there.
 
+    ``watch`` sees every event too; when it answers with a reason, the run is given up.
     Raises OSError when the process cannot be started at all (infrastructure).
     """
     begin = time.monotonic()
@@ -66,7 +69,15 @@ def run_process(
             start_new_session=True,
         )
     _write_pid(cwd, process.pid)
-    follower = _Follower(cwd / EVENTS_FILE, on_event)
+    reasons: list[str] = []
+
+    def seen(event: dict[str, Any]) -> None:
+        if on_event:
+            on_event(event)
+        if watch and (why := watch(event)):
+            reasons.append(why)
+
+    follower = _Follower(cwd / EVENTS_FILE, seen)
     ended, last_sign, last_memory = "exit", begin, 0.0
     try:
         while process.poll() is None:
@@ -76,6 +87,8 @@ def run_process(
                 last_sign = now
             if stop.is_set():
                 ended = "stopped"
+            elif reasons:
+                ended = "given-up"
             elif now - begin > timeout_s:
                 ended = "timeout"
             elif now - last_sign > hang_s:
@@ -94,7 +107,7 @@ def run_process(
         (cwd / PID_FILE).unlink(missing_ok=True)
     follower.poll()
     return ProcessOutcome(ended=ended, returncode=process.returncode, wall_seconds=time.monotonic() - begin,
-                          log_tail=tail(log_path))
+                          log_tail=tail(log_path), why=reasons[0] if reasons else "")
 
 
 class _Follower:

@@ -20,10 +20,20 @@ from harness.gate.policy import load_policy
 from harness.gitrepo import Repo, open_repo
 from harness.recipe import parse_recipe
 from harness.runner import kill_orphans
-from harness.stages import Incumbent, breadth, confirm, ensure_controls, incumbent, predict_bytes, preflight
+from harness.settle import settle, take_back
+from harness.stages import (
+    Incumbent,
+    bank_filler,
+    breadth,
+    confirm,
+    ensure_controls,
+    incumbent,
+    predict_bytes,
+    preflight,
+)
 from harness.state import SearchState, TrialState, fold
 from harness.tracks import Track, environment, fingerprint, get_track
-from harness.transaction import commit_keep
+from harness.transaction import commit_keep, revert_keep
 from harness.views import View
 from harness.workspace import Workspace, recipe_path, require_own_code
 from ledger.errors import LedgerError
@@ -86,6 +96,9 @@ def run_search(
             if trial.owes_commit:
                 commit_keep(repo, ledger, track, name, branch, trial)
                 view.note(f"{trial.id}: finished the commit that was interrupted")
+            elif trial.owes_revert:
+                revert_keep(repo, ledger, name, branch, trial)
+                view.note(f"{trial.id}: finished the revert that was interrupted")
         state = fold(ledger.records(search=name), name)
         heal_checkout(repo, state, branch)
         same_history(repo, ledger, state, branch)
@@ -153,7 +166,7 @@ def _drive(bench: Bench, options: SearchOptions, parts: dict[str, str], proposer
     bench.view.status.search, bench.view.status.track = bench.search, bench.track.name
     bench.view.status.target, bench.view.status.budget = bench.budget.trials, bench.budget.words()
     restore = bench.handle_signals()
-    kept_before = bench.state.generation
+    kept_before = len(bench.state.standing)
     try:
         with bench.view:
             bench.write("search.started", SearchStarted(
@@ -163,8 +176,9 @@ def _drive(bench: Bench, options: SearchOptions, parts: dict[str, str], proposer
                 resumed=bool(bench.state.started), environment=environment(bench.track),
                 budget={"trials": float(bench.budget.trials or 0), "deadline": bench.budget.deadline or 0.0}))
             reason = _loop(bench, proposer, proposal)
+            bench.drain()
             bench.write("search.ended", SearchEnded(
-                reason=reason, decided=bench.state.decided, kept=bench.state.generation - kept_before,
+                reason=reason, decided=bench.state.decided, kept=len(bench.state.standing) - kept_before,
                 seconds=time.monotonic() - begin))
             bench.publish()
     finally:
@@ -183,7 +197,10 @@ def _loop(bench: Bench, proposer: Proposer, single: Proposal | None) -> str:
             inc = incumbent(bench)
             _show_incumbent(bench, inc)
             # Also after the last keep: a selected score is not inherited, its honest one is measured before the end.
-            ensure_controls(bench, inc, "confirm", bench.policy.controls)
+            ensure_controls(bench, inc, "confirm", range(bench.policy.controls))
+            settle(bench, inc)
+            if _taken_back(bench):
+                continue
             _show_incumbent(bench, inc)
             if trial is None:
                 if judged and single is not None:
@@ -216,6 +233,9 @@ def _loop(bench: Bench, proposer: Proposer, single: Proposal | None) -> str:
 def _propose(bench: Bench, inc: Incumbent, proposer: Proposer, single: Proposal | None) -> TrialState:
     """Ask for one proposal, log it, refuse what needs no run to be refused."""
     bench.view.status.doing = "proposing"
+    bench.filler = bank_filler(bench, inc)
+    if proposer.slow and single is None:
+        bench.fill(bench.executor.workers)
     context = make_context(bench, inc)
     begin = time.monotonic()
     retry = _voided(bench)
@@ -300,6 +320,19 @@ def _carry(bench: Bench, trial: TrialState, inc: Incumbent) -> None:
             bench.view.record("commit.done", trial.id, done)
 
 
+def _taken_back(bench: Bench) -> bool:
+    """Revert the last keep if its honest gain asks for it; True when the incumbent has changed."""
+    trial = bench.state.trials[bench.state.kept[-1]] if bench.state.kept else None
+    if trial is None or not trial.owes_revert:
+        return False
+    take_back(bench, trial)
+    _refold(bench)
+    done = bench.state.trials[trial.id].reverted
+    if done:
+        bench.view.record("trial.reverted", trial.id, done)
+    return True
+
+
 def _refold(bench: Bench) -> None:
     """The transaction writes to the ledger itself: read its events back."""
     bench.state = fold(bench.ledger.records(search=bench.search), bench.search)
@@ -308,7 +341,7 @@ def _refold(bench: Bench) -> None:
 def _show_incumbent(bench: Bench, inc: Incumbent) -> None:
     runs = bench.state.control_runs("confirm", bench.state.generation, inc.config, bench.fingerprint)
     status = bench.view.status
-    status.decided, status.kept = bench.state.decided, bench.state.generation
+    status.decided, status.kept = bench.state.decided, len(bench.state.standing)
     if runs:
         status.best_bpb = sum(r.val_bpb for r in runs.values()) / len(runs)
         if bench.state.generation == 0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.contract import PastTrial
+from ledger.measured import HonestMeasured, RevertIntent, RevertVoid, TimingMeasured, TrialReverted
 from ledger.records import (
     CommitDone,
     CommitIntent,
@@ -42,6 +43,12 @@ class TrialState:
     done: CommitDone | None = None
     void: CommitVoid | None = None
     finding: Finding | None = None
+    timing: list[list[float]] = field(default_factory=list)  # step ms of [incumbent, candidate], taking turns
+    honest: HonestMeasured | None = None  # the last word on a keep
+    honest_ref: tuple[int, str, str] | None = None  # seq, h, ts of it
+    revert_intent: RevertIntent | None = None
+    reverted: TrialReverted | None = None
+    revert_void: RevertVoid | None = None
     decided_ref: tuple[int, str, str] | None = None  # seq, h, ts of the decided record
 
     @property
@@ -55,10 +62,21 @@ class TrialState:
         return bool(self.decided and self.decided.verdict == "keep" and not self.done and not self.void)
 
     @property
+    def owes_revert(self) -> bool:
+        """Kept, measured again, and found to be no gain; and it is not taken back yet."""
+        wanted = (self.honest and self.honest.decision == "revert") or self.revert_intent
+        return bool(wanted and not self.reverted and not self.revert_void)
+
+    @property
+    def stands(self) -> bool:
+        """Kept, committed, and not taken back."""
+        return bool(self.done and not self.reverted)
+
+    @property
     def verdict(self) -> str:
-        """keep | reject | failed | refused | abandoned | open."""
+        """keep | reject | failed | refused | abandoned | open. A keep that was taken back counts as a rejection."""
         if self.decided:
-            return self.decided.verdict if not self.void else "reject"
+            return self.decided.verdict if not (self.void or self.reverted) else "reject"
         for word in ("refused", "failed", "abandoned"):
             if getattr(self, word):
                 return word
@@ -67,6 +85,8 @@ class TrialState:
     @property
     def reason(self) -> str:
         """The exact reason code, "" while open."""
+        if self.reverted:
+            return self.reverted.reason
         for event in (self.decided, self.refused, self.failed, self.abandoned):
             if event:
                 return event.reason
@@ -92,8 +112,13 @@ class SearchState:
 
     @property
     def generation(self) -> int:
-        """Keeps so far: each incumbent is measured on seeds of its own."""
+        """Keeps so far, also those taken back: each incumbent is measured on seeds of its own."""
         return len(self.kept)
+
+    @property
+    def standing(self) -> list[TrialState]:
+        """Kept trials that were not taken back, in order of commit."""
+        return [self.trials[t] for t in self.kept if self.trials[t].stands]
 
     @property
     def decided(self) -> int:
@@ -124,7 +149,7 @@ class SearchState:
             out.append(PastTrial(
                 trial=t.id, line=p.line, move=p.move, change=p.change, previous=p.previous,
                 parent_config=p.parent_config, config_hash=p.config_hash, verdict=t.verdict, reason=t.reason,
-                delta_bpb=t.decided.delta_bpb if t.decided else None, same_fingerprint=p.fingerprint == fingerprint,
+                delta_bpb=measured_delta(t), same_fingerprint=p.fingerprint == fingerprint,
             ))
         return tuple(out)
 
@@ -134,6 +159,13 @@ class SearchState:
             t.proposed.config_hash for t in self.trials.values()
             if t.over and not t.abandoned and t.proposed.fingerprint == fingerprint and t.reason != "failed.infra"
         )
+
+
+def measured_delta(trial: TrialState) -> float | None:
+    """Candidate minus incumbent, bpb: on fresh seeds where a keep was measured again, else as judged."""
+    if trial.honest:
+        return -trial.honest.gain
+    return trial.decided.delta_bpb if trial.decided else None
 
 
 def fold(records: Iterable[Any], search: str) -> SearchState:
@@ -171,6 +203,8 @@ def _apply_to_trial(state: SearchState, trial: TrialState, r: Any) -> None:
     elif isinstance(body, PreflightPassed):
         trial.preflight = body
         state.seconds += body.seconds
+        if body.control_step_ms > 0.0:
+            trial.timing = [[body.control_step_ms, body.step_ms]]
     elif isinstance(body, PreflightRefused):
         trial.refused = body
         state.seconds += body.seconds
@@ -191,3 +225,20 @@ def _apply_to_trial(state: SearchState, trial: TrialState, r: Any) -> None:
         trial.void = body
     elif isinstance(body, Finding):
         trial.finding = body
+    elif isinstance(body, TimingMeasured):
+        trial.timing = body.pairs
+        state.seconds += body.seconds
+    else:
+        _apply_after_keep(trial, r)
+
+
+def _apply_after_keep(trial: TrialState, r: Any) -> None:
+    body = r.body
+    if isinstance(body, HonestMeasured):
+        trial.honest, trial.honest_ref = body, (r.seq, r.h, r.ts)
+    elif isinstance(body, RevertIntent):
+        trial.revert_intent = body
+    elif isinstance(body, TrialReverted):
+        trial.reverted = body
+    elif isinstance(body, RevertVoid):
+        trial.revert_void = body

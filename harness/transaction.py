@@ -12,11 +12,12 @@ import time
 from collections.abc import Mapping
 
 from harness.errors import UserError
-from harness.gitrepo import TRAILER_HEAD, TRAILER_TRIAL, CommitPlan, Repo
+from harness.gitrepo import TRAILER_HEAD, TRAILER_REVERTS, TRAILER_TRIAL, CommitPlan, Repo
 from harness.recipe import parse_recipe, render_recipe
 from harness.state import TrialState
 from harness.tracks import Track
 from harness.workspace import recipe_path
+from ledger.measured import RevertIntent, RevertVoid, TrialReverted
 from ledger.records import Body, CommitDone, CommitIntent, CommitVoid
 from ledger.store import Ledger
 from trainer.knobs import KnobValue
@@ -91,6 +92,62 @@ def commit_keep(repo: Repo, ledger: Ledger, track: Track, search: str, branch: s
                                                  "the candidate is judged again on the new incumbent")
         ledger.append("commit.void", body, search=search, trial=trial.id)
     return body
+
+
+def revert_keep(repo: Repo, ledger: Ledger, search: str, branch: str, trial: TrialState) -> TrialReverted | RevertVoid:
+    """Take a kept trial's commit back with one commit more; safe to call again after any kill.
+
+    The same order as :func:`commit_keep`: object, ``revert.intent``, compare and swap, ``trial.reverted``.
+    """
+    recovering = trial.revert_intent is not None
+    intent = trial.revert_intent or _prepare_revert(repo, ledger, search, branch, trial)
+    if repo.rev(intent.sha) is None:
+        tree = repo.build_tree(intent.parent, intent.files, intent.removes)
+        sha = repo.build_commit(CommitPlan(tree, intent.parent, intent.message, intent.date))
+        if sha != intent.sha:
+            raise RuntimeError(f"trial {trial.id}: rebuilt revert {sha} is not the intended {intent.sha}")
+    _pin(repo, f"{trial.id}-revert", intent.sha)
+    at = repo.rev(intent.branch)
+    if at == intent.parent:
+        repo.set_ref(intent.branch, intent.sha, old=intent.parent)
+        at = repo.rev(intent.branch)
+    body: TrialReverted | RevertVoid
+    if at and repo.is_ancestor(intent.sha, at):
+        repo.bring_along(intent.branch, intent.parent, intent.sha)
+        body = TrialReverted(sha=intent.sha, branch=intent.branch, reverts=intent.reverts, reason=intent.reason,
+                             recovered=recovering)
+        ledger.append("trial.reverted", body, search=search, trial=trial.id)
+    else:
+        body = RevertVoid(sha=intent.sha, reason=f"{intent.branch} moved to {at or 'nothing'} meanwhile")
+        ledger.append("revert.void", body, search=search, trial=trial.id)
+    return body
+
+
+def _prepare_revert(repo: Repo, ledger: Ledger, search: str, branch: str, trial: TrialState) -> RevertIntent:
+    assert trial.intent and trial.done and trial.honest and trial.honest_ref
+    tip = repo.rev(branch)
+    assert tip
+    before = {path: repo.show(trial.intent.parent, path) for path in trial.intent.files}
+    files = {path: text for path, text in before.items() if text is not None}
+    removes = [path for path, text in before.items() if text is None]
+    honest, p, ref = trial.honest, trial.proposed, trial.honest_ref
+    text = "\n".join([
+        f"Revert {change_text(p.change, p.previous)}",
+        "",
+        f"Measured again on {len(honest.ks)} fresh seeds against its parent, the gain of {trial.id} is "
+        f"{honest.gain:+.5f} bpb (standard error {honest.se:.5f}); its verdict had shown {honest.claimed:+.5f}.",
+        "",
+        f"{TRAILER_REVERTS}: {trial.id}",
+        f"{TRAILER_HEAD}: {ref[0]}:{ref[1]}",
+        "",
+    ])
+    plan = CommitPlan(repo.build_tree(tip, files, removes), tip, text, git_date(ref[2]))
+    sha = repo.build_commit(plan)
+    _pin(repo, f"{trial.id}-revert", sha)
+    intent = RevertIntent(sha=sha, tree=plan.tree, parent=tip, branch=branch, message=text, date=plan.date, files=files,
+                          removes=removes, reverts=trial.done.sha, reason="reverted.honest")
+    ledger.append("revert.intent", intent, search=search, trial=trial.id)
+    return intent
 
 
 def _prepare(repo: Repo, ledger: Ledger, track: Track, search: str, branch: str, trial: TrialState) -> CommitIntent:

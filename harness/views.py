@@ -20,6 +20,7 @@ from rich.text import Text
 from harness.executor import RunRequest
 from harness.output import say
 from harness.transaction import change_text
+from ledger.measured import HonestMeasured, TimingMeasured, TrialReverted
 from ledger.records import (
     CommitDone,
     ControlEnded,
@@ -113,6 +114,20 @@ def describe(type_: str, trial: str, body: Any) -> tuple[str, str] | None:
         return f"{trial} failed: {body.reason}: {body.detail}", VERDICT_STYLE["failed"]
     if isinstance(body, CommitDone):
         return f"{trial} committed as {body.sha[:12]} on {body.branch.removeprefix('refs/heads/')}", "green"
+    return _describe_after(trial, body)
+
+
+def _describe_after(trial: str, body: Any) -> tuple[str, str] | None:
+    """What became of a keep, and measurements beside the runs."""
+    if isinstance(body, HonestMeasured):
+        word = {"stand": "stands", "extend": "is measured on more seeds", "revert": "is taken back"}[body.decision]
+        return (f"{trial} on {len(body.ks)} fresh seeds: gain {body.gain:+.4f} +- {body.se:.4f} bpb (claimed "
+                f"{body.claimed:+.4f}): it {word}"), "green" if body.decision == "stand" else "yellow"
+    if isinstance(body, TrialReverted):
+        return f"{trial} reverted by {body.sha[:12]}", "yellow"
+    if isinstance(body, TimingMeasured):
+        turns = ", ".join(f"{c:.3g} -> {x:.3g}" for c, x in body.pairs)
+        return f"{trial} step ms, taking turns: {turns}", "dim"
     return None
 
 

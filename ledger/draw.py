@@ -17,6 +17,7 @@ MARKS = {
     "proposed": ("·", "dim"),
     "running": ("…", "cyan"),
     "kept": ("●", "bold green"),
+    "reverted": ("↩", "yellow"),
     "rejected": ("✗", "yellow"),
     "failed": ("!", "red"),
     "refused": ("–", "dim"),

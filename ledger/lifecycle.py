@@ -3,8 +3,9 @@
     trial.proposed -> preflight.passed | preflight.refused
                    -> breadth.started / ended*, confirm.started / ended*
                    -> decided -> (keep) commit.intent -> commit.done | commit.void
+                   -> (kept) honest.measured* -> (revert) revert.intent -> trial.reverted | revert.void
 
-``trial.failed`` and ``trial.abandoned`` may end it anywhere before ``decided``. After the end only the commit
+``timing.measured`` stands anywhere between preflight and the end. ``trial.failed`` and ``trial.abandoned`` may end it anywhere before ``decided``. After the end only the commit
 of a keep follows. Findings, reviews and notes are free. Unknown types never get here (readers skip them).
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ledger.decode import Record
+from ledger.measured import HonestMeasured, RevertIntent, RevertVoid, TrialReverted
 from ledger.problems import Problem, problem_at
 from ledger.records import (
     TERMINAL,
@@ -27,8 +29,10 @@ from ledger.records import (
 )
 
 _STAGES = ("breadth", "confirm")
+_AFTER_KEEP = frozenset({"honest.measured", "revert.intent", "trial.reverted", "revert.void"})
 _TRIAL_TYPES = frozenset(
-    {"trial.proposed", "preflight.passed", "commit.intent", "commit.done", "commit.void", *TERMINAL}
+    {"trial.proposed", "preflight.passed", "timing.measured", "commit.intent", "commit.done", "commit.void", *TERMINAL}
+    | _AFTER_KEEP
     | {f"{stage}.{step}" for stage in _STAGES for step in ("started", "ended")}
 )
 
@@ -44,6 +48,10 @@ class _Trial:
     intent: Record | None = None
     sha: str = ""
     settled: bool = False
+    done: bool = False  # settled by commit.done
+    condemned: bool = False  # measured again, and to be reverted
+    revert: str = ""  # sha of revert.intent
+    reverted: bool = False
     started: set[tuple[str, str]] = field(default_factory=set)  # (stage, run id)
     ended: set[tuple[str, str]] = field(default_factory=set)
 
@@ -106,12 +114,18 @@ def _step(trial: _Trial, record: Record, report: Report) -> None:
     if kind.startswith("commit."):
         _commit(trial, record, report)
         return
+    if kind in _AFTER_KEEP:
+        _after_keep(trial, record, report)
+        return
     if trial.terminal:
         again = "a second end" if kind in TERMINAL else kind
         report(record, "lifecycle", f"{again} ({kind}) after {trial.terminal}: the trial was over")
         return
     if kind == "preflight.passed":
         trial.passed = True
+    elif kind == "timing.measured":
+        if not trial.passed:
+            report(record, "lifecycle", "timing.measured before preflight.passed")
     elif kind in TERMINAL:
         trial.terminal = kind
         _verdict(trial, record, report)
@@ -170,3 +184,29 @@ def _commit(trial: _Trial, record: Record, report: Report) -> None:
         if trial.settled:
             report(record, "commit", f"{record.type}: this intent was already settled")
         trial.settled = True
+        trial.done = isinstance(body, CommitDone)
+
+
+def _after_keep(trial: _Trial, record: Record, report: Report) -> None:
+    """Measured again, and perhaps taken back: only a keep whose commit is done, and at most once."""
+    body = record.body
+    if not trial.done:
+        report(record, "lifecycle", f"{record.type} before the keep's commit.done")
+    if isinstance(body, HonestMeasured):
+        if trial.reverted or trial.condemned:
+            report(record, "lifecycle", "measured again after it was to be reverted")
+        trial.condemned = body.decision == "revert"
+    elif isinstance(body, RevertIntent):
+        if trial.revert:
+            report(record, "commit", "a second revert.intent")
+        if not trial.condemned and body.reason == "reverted.honest":
+            report(record, "commit", "revert.intent, but no honest.measured asked for it")
+        trial.revert = body.sha
+    elif isinstance(body, TrialReverted | RevertVoid):
+        if not trial.revert:
+            report(record, "commit", f"{record.type} without revert.intent")
+        elif body.sha != trial.revert:
+            report(record, "commit", f"{record.type} of {body.sha}, but the revert intended {trial.revert}")
+        if trial.reverted:
+            report(record, "commit", f"a second end ({record.type}) of one revert")
+        trial.reverted = True

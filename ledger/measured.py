@@ -45,6 +45,7 @@ class RevertIntent(Body, frozen=True):
     files: dict[str, str]
     reverts: str  # the kept commit
     reason: str  # reverted.honest | reverted.person
+    removes: list[str] = []  # paths that the parent did not have
 
 
 class TrialReverted(Body, frozen=True):

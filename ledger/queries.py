@@ -5,11 +5,13 @@ Figures are averaged and ranked only within one measurement fingerprint.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
 from ledger.decode import Record
+from ledger.measured import TransferMeasured
 from ledger.records import ControlEnded, SearchStarted
 from ledger.trials import STATUSES, TrialView, select, total_bytes, trials
 
@@ -25,6 +27,7 @@ __all__ = [
     "select",
     "tail",
     "total_bytes",
+    "transfers",
     "trials",
 ]
 
@@ -72,14 +75,17 @@ def lineage(records: Iterable[Record], search: str | None = None) -> list[Node]:
     searches that began at the same commit share its root.
     """
     items = list(records)
-    measured = controls(items, search)
     views = trials(items, search)
+    # A commit that took a keep back is its parent again.
+    same = {view.revert: view.parent_commit for view in views if view.revert}
+    measured = controls(items, search, same)
     kept = {_commit_name(view): view for view in views if view.status == "kept"}
     nodes = {name: Node(name, view, measured.get(name, ())) for name, view in kept.items()}
     roots: list[Node] = []
     made: dict[tuple[str, str], Node] = {}  # (search, configuration hash) -> the last keep so far that made it
 
     def base(commit: str, search: str, config: str) -> Node:
+        commit = original(commit, same)
         if commit not in nodes:
             nodes[commit] = Node(commit, controls=measured.get(commit, ()))
             below = made.get((search, config))
@@ -102,19 +108,31 @@ def lineage(records: Iterable[Record], search: str | None = None) -> list[Node]:
     return roots
 
 
+def original(commit: str, same: Mapping[str, str]) -> str:
+    """``commit``, or what it brought back when it is a revert (of a revert, ...)."""
+    while commit in same:
+        commit = same[commit]
+    return commit
+
+
 def _commit_name(view: TrialView) -> str:
     return view.commit or f"{view.search}/{view.trial}"
 
 
-def controls(records: Iterable[Record], search: str | None = None) -> dict[str, tuple[ControlMean, ...]]:
-    """Commit -> mean confirm val_bpb of its control runs, per fingerprint (each run counted once)."""
+def controls(
+    records: Iterable[Record], search: str | None = None, same: Mapping[str, str] | None = None,
+) -> dict[str, tuple[ControlMean, ...]]:
+    """Commit -> mean confirm val_bpb of its control runs, per fingerprint (each run counted once).
+
+    ``same``: revert commit -> the commit that it brought back; their runs are counted together, there.
+    """
     seen: dict[str, dict[str, dict[str, float]]] = {}
     for record in records:
         body = record.body
         if not isinstance(body, ControlEnded) or body.stage != "confirm":
             continue
         if search is None or record.search == search:
-            by_fingerprint = seen.setdefault(body.incumbent_commit, {})
+            by_fingerprint = seen.setdefault(original(body.incumbent_commit, same or {}), {})
             by_fingerprint.setdefault(body.fingerprint, {})[body.run.run_id] = body.run.val_bpb
     return {
         commit: tuple(ControlMean(name, fmean(runs.values()), len(runs)) for name, runs in groups.items())
@@ -135,6 +153,8 @@ class Best:
     fresh: bool  # measured again as incumbent; otherwise the figure that won the selection, which flatters
     claimed_gain: float  # sum of the paired gains along its line of keeps, bpb, positive = better
     honest_gain: float | None  # fresh mean of the line's base minus fresh mean of the leader
+    paired_gain: float | None = None  # sum of its keeps' gains on fresh seeds, None where one was not measured again
+    paired_se: float | None = None
 
 
 def best(records: Iterable[Record], track: str | None = None, search: str | None = None) -> list[Best]:
@@ -161,13 +181,15 @@ def best(records: Iterable[Record], track: str | None = None, search: str | None
 def _candidates(root: Node, fingerprint: str, track: str) -> Iterator[Best]:
     """Every commit under ``root`` that has a figure under ``fingerprint``."""
     base = root.fresh(fingerprint)
-    stack = [(root, 0.0)]
+    stack: list[tuple[Node, float, tuple[float, float] | None]] = [(root, 0.0, (0.0, 0.0))]
     while stack:
-        node, claimed = stack.pop()
+        node, claimed, paired = stack.pop()
         view = node.trial if node.trial and node.trial.fingerprint == fingerprint else None
         if view and view.delta_bpb is not None:
             claimed -= view.delta_bpb
-        stack += [(child, claimed) for child in node.children]
+        if node.trial is not None:
+            paired = _add_honest(paired, node.trial)
+        stack += [(child, claimed, paired) for child in node.children]
         own = node.fresh(fingerprint)
         figure = own.mean if own else (view.candidate_bpb if view else None)
         if figure is None:
@@ -182,7 +204,32 @@ def _candidates(root: Node, fingerprint: str, track: str) -> Iterator[Best]:
             fresh=own is not None,
             claimed_gain=claimed,
             honest_gain=base.mean - own.mean if base and own else None,
+            paired_gain=paired[0] if paired and node.trial else None,
+            paired_se=math.sqrt(paired[1]) if paired and node.trial else None,
         )
+
+
+def _add_honest(paired: tuple[float, float] | None, view: TrialView) -> tuple[float, float] | None:
+    """(gain, variance) along a line of keeps, this one added; None once one of them was not measured again."""
+    if paired is None or view.honest_gain is None or view.honest_se is None:
+        return None
+    return paired[0] + view.honest_gain, paired[1] + view.honest_se**2
+
+
+def transfers(records: Iterable[Record]) -> dict[str, list[TransferMeasured]]:
+    """Subject (trial id, or "stack of SEARCH") -> what was measured of it on other tracks, oldest first.
+
+    A measurement that was extended to more pairs holds the earlier one's, and takes its place.
+    """
+    found: dict[tuple[str, str, str, str, str], TransferMeasured] = {}
+    for record in records:
+        body = record.body
+        if isinstance(body, TransferMeasured):
+            found[body.subject, body.track, body.fingerprint, body.base_config, body.config_hash] = body
+    out: dict[str, list[TransferMeasured]] = {}
+    for body in found.values():
+        out.setdefault(body.subject, []).append(body)
+    return out
 
 
 def tail(records: Iterable[Record], n: int) -> Sequence[Record]:

@@ -188,6 +188,8 @@ def best_table(leaders: Sequence[Best]) -> RenderableType:
     for item in leaders:
         flag = "" if item.fresh else " selected"
         honest = "not measured" if item.honest_gain is None else signed(item.honest_gain, 4)
+        if item.paired_gain is not None and item.paired_se is not None:
+            honest = f"{signed(item.paired_gain, 4)} ± {item.paired_se:.4f}"
         table.add_row(
             item.track,
             item.commit[:10],

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from statistics import median
+
 from ledger.decode import Record
+from ledger.measured import (
+    CalibrationMeasured,
+    HonestMeasured,
+    PanelMeasured,
+    RevertIntent,
+    RevertVoid,
+    TimingMeasured,
+    TrackDerived,
+    TransferMeasured,
+    TrialReverted,
+)
 from ledger.records import (
     CommitDone,
     CommitIntent,
@@ -95,6 +108,40 @@ def _other(record: Record) -> str:
         return f"schema {body.schema} {body.note}"
     if isinstance(body, Repair):
         return f"{body.torn_bytes} torn bytes cut off and kept{f' in {body.sidecar}' if body.sidecar else ''}"
+    return _measured(record)
+
+
+def _measured(record: Record) -> str:
+    """Records of ``ledger.measured``, beside a trial's own runs."""
+    body = record.body
+    if isinstance(body, TrackDerived):
+        changes = ", ".join(f"{k} {v}" for k, v in body.changes.items())
+        return f"{body.track} from {body.base}: {changes or 'same protocol'} ({body.why})"
+    if isinstance(body, TransferMeasured):
+        there = "" if body.source_gain is None else f", {signed(body.source_gain, 4)} there"
+        return (f"{body.subject} {body.verdict}, {body.source_track} to {body.track}: {signed(body.gain, 4)} bpb "
+                f"({signed(body.low, 4)} to {signed(body.high, 4)}, {len(body.ks)} pairs{there})")
+    if isinstance(body, CalibrationMeasured):
+        same = "one seed repeats bit for bit" if body.bitwise else "one seed does not repeat bit for bit"
+        return (f"{body.track} {body.stage}: sigma {body.sigma_run:.4f} over {len(body.seeds)} seeds, "
+                f"{body.sigma_d:.4f} in pairs (correlation {body.correlation:.2f}), {same}")
+    if isinstance(body, PanelMeasured):
+        lengths = ", ".join(f"{x.steps} steps {x.tau:.2f}" for x in body.lengths)
+        return (f"{body.track}: {len(body.changes)} configurations, Kendall tau of breadth against confirm: "
+                f"{lengths or 'none measured'}")
+    if isinstance(body, TimingMeasured):
+        ratios = [100.0 * (x / c - 1.0) for c, x in body.pairs if c > 0]
+        return f"{signed(median(ratios), 1) if ratios else '?'}% a step, {len(body.pairs)} pairs of {body.steps} steps"
+    if isinstance(body, HonestMeasured):
+        return (f"{body.decision}: {signed(body.gain, 4)} bpb on {len(body.ks)} fresh seeds (standard error "
+                f"{body.se:.4f}), {signed(body.claimed, 4)} claimed")
+    if isinstance(body, RevertIntent):
+        return f"{body.sha[:10]} takes back {body.reverts[:10]}: {body.reason}"
+    if isinstance(body, TrialReverted):
+        return (f"{body.reverts[:10]} taken back by {body.sha[:10]}: {body.reason}"
+                f"{', recovered' if body.recovered else ''}")
+    if isinstance(body, RevertVoid):
+        return f"{body.sha[:10]} void: {body.reason}"
     return ", ".join(body.__struct_fields__) or record.type
 
 

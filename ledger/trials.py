@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from ledger.decode import Record
+from ledger.measured import HonestMeasured, TrialReverted
 from ledger.records import (
     CommitDone,
     CommitIntent,
@@ -27,7 +28,7 @@ from ledger.records import (
     TrialProposed,
 )
 
-STATUSES = ("proposed", "running", "kept", "rejected", "failed", "refused", "abandoned")
+STATUSES = ("proposed", "running", "kept", "reverted", "rejected", "failed", "refused", "abandoned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,14 @@ class TrialView:
     sigma: float | None = None
     candidate_bpb: float | None = None  # mean over the confirm runs of the verdict
     control_bpb: float | None = None
+    honest_gain: float | None = None  # of a keep, on fresh seeds against its parent; positive = better
+    honest_se: float | None = None
+    honest_pairs: int = 0
     pairs: int = 0
     bytes: int | None = None  # code + compressed weights, worst candidate run (of preflight, until then)
     commit: str = ""
-    commit_state: str = ""  # "" | owed | intent | done | void
+    commit_state: str = ""  # "" | owed | intent | done | void | reverted
+    revert: str = ""  # the commit that took the keep back
     lesson: str = ""
     runs: int = 0
     seconds: float = 0.0  # worker-seconds: the verdict's own account, else the sum over ended runs
@@ -196,6 +201,10 @@ def _commit(view: TrialView, record: Record) -> TrialView:
         return replace(
             view, status="abandoned", reason="commit.void", explanation=body.reason, commit="", commit_state="void"
         )
+    if isinstance(body, HonestMeasured):
+        return replace(view, honest_gain=body.gain, honest_se=body.se, honest_pairs=len(body.ks))
+    if isinstance(body, TrialReverted):
+        return replace(view, status="reverted", reason=body.reason, commit_state="reverted", revert=body.sha)
     return view
 
 

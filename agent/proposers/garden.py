@@ -33,6 +33,7 @@ class Garden:
     """
 
     name = "garden"
+    slow = False
 
     def __init__(self, kb_dir: Path) -> None:
         self._knowledge = load(kb_dir)

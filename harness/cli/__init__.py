@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from harness.cli import data, gate, ledger, run
+from harness.cli import data, gate, ledger, promote, run, track
 
 app = typer.Typer(
     name="autoresearch",
@@ -19,9 +19,11 @@ app = typer.Typer(
     epilog="Start with: autoresearch demo (about ten minutes on two CPU cores; touches nothing of yours)",
 )
 run.register(app)
+app.command(epilog=f"Example: {promote.EXAMPLE}")(promote.promote)
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(gate.app, name="gate")
+app.add_typer(track.app, name="track")
 
 
 def main() -> None:

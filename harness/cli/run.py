@@ -35,7 +35,7 @@ SeedOption = Annotated[
 
 
 PLANNED = (
-    "review", "watch", "doctor", "sweep", "replay", "promote", "sensitivity", "diagnose", "submit", "cluster",
+    "review", "watch", "doctor", "sweep", "replay", "sensitivity", "diagnose", "submit", "cluster",
 )
 """Commands that are designed but not built: they say so, and stay out of --help."""
 

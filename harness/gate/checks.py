@@ -142,18 +142,65 @@ def check_bytes(policy: Policy, candidate: Sequence[RunFigures], cap_bytes: int)
     return SubCheck(name="bytes", passed=room >= 0, detail=detail)
 
 
-def time_ratio(control: Sequence[RunFigures], candidate: Sequence[RunFigures]) -> float:
-    """Median step time of the candidate over that of the control."""
+@dataclass(frozen=True, kw_only=True)
+class Converged:
+    """How a track predicts the size of a model trained for long: short runs compress far better."""
+
+    ratio: float  # artifact bytes per payload byte
+    cap_bytes: int
+
+
+def check_converged(candidate: Sequence[RunFigures], converged: Converged) -> SubCheck:
+    """Code + ratio * payload, the largest seed, within the track's cap for converged models.
+
+    A run that did not report its payload (0 bytes) passes, and the check says so.
+    """
+    worst = max(candidate, key=lambda r: r.code_bytes + r.payload_bytes)
+    size = worst.code_bytes + math.ceil(converged.ratio * worst.payload_bytes)
+    if not worst.payload_bytes:
+        return SubCheck(name="converged", passed=True, detail="the runs do not say their bytes before compression")
+    detail = (f"trained for long: {worst.code_bytes} code + {converged.ratio:g} x {worst.payload_bytes} uncompressed = "
+              f"{size} of {converged.cap_bytes} bytes")
+    return SubCheck(name="converged", passed=size <= converged.cap_bytes, detail=detail)
+
+
+Timing = Sequence[Sequence[float]]
+"""[control ms, candidate ms] per pair of runs that took turns (or ran side by side) on one machine."""
+
+
+def check_timing(timing: Timing) -> None:
+    """Raises GateError on a pair that is no pair of times."""
+    for pair in timing:
+        if len(pair) != 2 or not all(math.isfinite(ms) and ms > 0.0 for ms in pair):
+            raise GateError(f"timing pair {list(pair)!r}; valid: two step times in ms, each above 0")
+
+
+def time_ratio(
+    policy: Policy, control: Sequence[RunFigures], candidate: Sequence[RunFigures], timing: Timing = (),
+) -> float:
+    """Step time of the candidate over that of the control.
+
+    Under a policy with ``timing_pairs``: the median of the ratios of the pairs that took turns. The judged runs'
+    own step times may lie hours apart, so they are used only where there is no such pair.
+    """
+    if policy.timing_pairs and timing:
+        return median(x / c for c, x in timing)
     return median(r.step_ms for r in candidate) / median(r.step_ms for r in control)
 
 
-def check_runtime(policy: Policy, control: Sequence[RunFigures], candidate: Sequence[RunFigures]) -> SubCheck:
-    """Median step time within the hard ratio."""
-    ratio = time_ratio(control, candidate)
-    detail = (f"median step {median(r.step_ms for r in candidate):.4g} ms against "
-              f"{median(r.step_ms for r in control):.4g} ms: ratio {ratio:.4g}, "
-              f"limit {policy.time_cap_ratio:g}")
-    return SubCheck(name="runtime", passed=ratio <= policy.time_cap_ratio, detail=detail)
+def check_runtime(
+    policy: Policy, control: Sequence[RunFigures], candidate: Sequence[RunFigures], timing: Timing = (),
+) -> SubCheck:
+    """Step time within the hard ratio."""
+    ratio = time_ratio(policy, control, candidate, timing)
+    if policy.timing_pairs and timing:
+        pairs = ", ".join(f"{c:.4g} -> {x:.4g}" for c, x in timing)
+        detail = f"step ms of incumbent -> candidate, taking turns: {pairs}: median ratio {ratio:.4g}"
+    else:
+        detail = (f"median step {median(r.step_ms for r in candidate):.4g} ms against "
+                  f"{median(r.step_ms for r in control):.4g} ms: ratio {ratio:.4g}")
+    return SubCheck(name="runtime", passed=ratio <= policy.time_cap_ratio,
+                    detail=f"{detail}, limit {policy.time_cap_ratio:g}")
 
 
 def mean_bytes(runs: Sequence[RunFigures]) -> float:

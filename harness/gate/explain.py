@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from harness.gate.advantage import Advantage
 from harness.gate.looks import Evidence
 from harness.gate.noise import Noise
 from harness.gate.policy import Policy
-from ledger.records import Decided, Look, SubCheck
+from ledger.records import Decided, EarlyStop, Look, SubCheck
 
 REASONS: dict[str, str] = {
     "kept.gain": "the candidate is better by more than the track's materiality, beyond what chance explains",
     "kept.cheaper": "the candidate weighs less, and its score is not worse beyond the margin",
+    "kept.faster": "the candidate's steps take less time, and its score is not worse beyond the margin",
+    "kept.simpler": "the candidate needs fewer settings, and its score is not worse beyond the margin",
     "rejected.worse": "the candidate is worse",
     "rejected.noise": "no gain could be told from noise within the planned pairs",
     "rejected.immaterial": "the gain, if there is one, is too small to matter",
@@ -59,7 +62,23 @@ def breadth(policy: Policy, evidence: Evidence, threshold: float, veto: bool) ->
             f"(sigma {evidence.sigma:.5f}, {evidence.df:g} degrees of freedom).")
 
 
-def outcome(policy: Policy, noise: Noise, evidence: Evidence, looks: Sequence[Look], reason: str) -> str:
+def untimed(policy: Policy, reason: str, wanted: int) -> str:
+    """The verdict waits for step times."""
+    return (f"{_warning(policy)}The runs say {reason}; before that is decided, incumbent and candidate take turns for "
+            f"{_count(wanted, 'pair')} of step times.")
+
+
+def early(policy: Policy, stop: EarlyStop) -> str:
+    """A breadth run was given up."""
+    return (f"{_warning(policy)}Given up at step {stop.step} of {stop.of} of its breadth run (seed {stop.seed}): dev "
+            f"loss {stop.candidate:.4f} against the incumbent's {stop.control:.4f} nats/token at the same step and "
+            f"seed, more than {stop.threshold:g} above it.")
+
+
+def outcome(
+    policy: Policy, noise: Noise, evidence: Evidence, looks: Sequence[Look], reason: str,
+    plus: Advantage | None = None,
+) -> str:
     """The verdict of the last look taken, as one paragraph."""
     look = looks[-1]
     word = "Kept" if reason.startswith("kept") else "Rejected"
@@ -80,6 +99,7 @@ def outcome(policy: Policy, noise: Noise, evidence: Evidence, looks: Sequence[Lo
         f"{evidence.delta_step_pct:+.1f}% step time ({policy.time_deadband_pct:g}% taken for timing noise).",
         f"Its lower bound is {look.lower:+.5f} = {look.mean:+.5f} - {look.boundary:.3f} x {look.se:.5f}, "
         f"{relation} the materiality {policy.materiality_bpb:g}.",
+        *_advantage(policy, evidence, look, plus),
         f"Noise: sigma {look.sigma:.5f} with {look.df:g} degrees of freedom (pool "
         f"{noise.sigma_d if paired else noise.sigma_run:.5f}, {_count(int(noise.trials), 'earlier trial')}; "
         f"shipped scale: {policy.prior.source}).",
@@ -93,6 +113,18 @@ def outcome(policy: Policy, noise: Noise, evidence: Evidence, looks: Sequence[Lo
                      f"{policy.noninferiority_bpb:g} bpb (lower bound of the gain "
                      f"{evidence.gain - look.boundary * evidence.se:+.5f}).")
     return " ".join(parts)
+
+
+def _advantage(policy: Policy, evidence: Evidence, look: Look, plus: Advantage | None) -> list[str]:
+    """What the candidate has beside its score, and whether its score allows to keep it for that."""
+    if plus is None:
+        return []
+    bound = evidence.gain - look.boundary * evidence.se
+    if not plus.worth(look.mean):
+        return [f"It has an advantage ({plus.text}), which at the track's prices does not pay for the score."]
+    relation = "above" if bound > -policy.noninferiority_bpb else "not above"
+    return [f"It has an advantage ({plus.text}); the lower bound of its gain is {bound:+.5f}, {relation} the allowed "
+            f"loss of {policy.noninferiority_bpb:g}."]
 
 
 def explain(decided: Decided) -> str:
@@ -109,6 +141,13 @@ def explain(decided: Decided) -> str:
         lines += [f"  {'ok  ' if c.passed else 'FAIL'} {c.name}: {c.detail}" for c in decided.checks]
     if decided.looks:
         lines += ["", "looks (utility in bpb, positive = better):", *_looks(decided)]
+    if decided.timing:
+        turns = ", ".join(f"{c:.4g} -> {x:.4g}" for c, x in decided.timing)
+        lines += ["", f"step ms of incumbent -> candidate, taking turns: {turns}"]
+    if decided.early:
+        e = decided.early
+        lines += ["", f"given up at step {e.step} of {e.of}: dev loss {e.candidate:.5f} against {e.control:.5f}, "
+                      f"limit {e.threshold:g} above"]
     lines += ["", *_figures(decided)]
     return "\n".join(lines)
 

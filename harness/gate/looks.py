@@ -1,8 +1,9 @@
 """One look: from the figures of n pairs to a bound on the candidate's utility.
 
 Utility U = (control bpb - candidate bpb) - price_mb * (MB more) - price_time * (% slower beyond the dead
-band), in bpb, positive = better. Bytes and time enter as means over the look, so the spread of U is the
-spread of the bpb differences, and noise and materiality are each charged once.
+band; under ``time_credit`` a gain for % faster beyond it), in bpb, positive = better. Bytes and time enter
+as means over the look, so the spread of U is the spread of the bpb differences, and noise and materiality
+are each charged once.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from harness.gate import noise as noise_mod
+from harness.gate.advantage import Advantage
 from harness.gate.boundaries import efficacy, t_upper, to_t
-from harness.gate.checks import GateError, Sides, leading, mean_bytes, time_ratio
+from harness.gate.checks import GateError, Sides, Timing, leading, mean_bytes, time_ratio
 from harness.gate.noise import Noise
 from harness.gate.policy import Policy
 from ledger.records import Look, RunFigures
@@ -30,9 +32,9 @@ class Evidence:
     gain: float  # mean control bpb - mean candidate bpb, positive = better
     differences: tuple[float, ...]  # per pair, positive = better; empty in the two-sample form
     delta_bytes: float  # candidate - control, code + artifact
-    delta_step_pct: float  # candidate's median step time over control's, -100..: % more
+    delta_step_pct: float  # candidate's step time over control's, -100..: % more
     byte_charge: float  # bpb, price_mb * MB more; negative = credit
-    time_charge: float  # bpb, never negative
+    time_charge: float  # bpb; negative (a credit) only under ``time_credit``
     sigma: float  # shrunk; of a difference (paired) or of a run (two-sample)
     df: float
     se: float  # of gain
@@ -87,7 +89,15 @@ def _squares(values: Sequence[float]) -> float:
     return math.fsum((v - mean) ** 2 for v in values)
 
 
-def weigh(policy: Policy, noise: Noise, sides: Sides, form: str, n: int) -> Evidence:
+def _time_charge(policy: Policy, slower: float, timing: Timing) -> float:
+    """bpb for ``slower`` % more step time. A credit needs its full number of timing pairs."""
+    beyond = max(0.0, slower - policy.time_deadband_pct)
+    if policy.time_credit and len(timing) >= policy.timing_pairs > 0:
+        beyond -= max(0.0, -slower - policy.time_deadband_pct)
+    return policy.price_time * beyond
+
+
+def weigh(policy: Policy, noise: Noise, sides: Sides, form: str, n: int, timing: Timing = ()) -> Evidence:
     """The evidence of the first ``n`` candidate runs; :func:`ready` must hold (breadth: enough pairs)."""
     control, candidate = _split(policy, sides, form, n)
     ctl, cand = [r.val_bpb for r in control], [r.val_bpb for r in candidate]
@@ -101,23 +111,27 @@ def weigh(policy: Policy, noise: Noise, sides: Sides, form: str, n: int) -> Evid
         sigma, df = noise_mod.shrink(noise.sigma_run, min(policy.shrink_df, noise.run_df),
                                      _squares(ctl) + _squares(cand), len(ctl) + len(cand) - 2)
     delta_bytes = mean_bytes(candidate) - mean_bytes(control)
-    slower = 100.0 * (time_ratio(control, candidate) - 1.0)
+    slower = 100.0 * (time_ratio(policy, control, candidate, timing) - 1.0)
     return Evidence(
         n=n, controls=len(ctl), form=form, gain=gain, differences=diffs, delta_bytes=delta_bytes,
         delta_step_pct=slower, byte_charge=policy.price_mb * delta_bytes / 1e6,
-        time_charge=policy.price_time * max(0.0, slower - policy.time_deadband_pct),
+        time_charge=_time_charge(policy, slower, timing),
         sigma=sigma, df=df, se=sigma / math.sqrt(information(policy, n, form)),
     )
 
 
-def take(policy: Policy, evidence: Evidence, index: int) -> Look:
+def take(policy: Policy, evidence: Evidence, index: int, advantage: Advantage | None = None) -> Look:
     """Look ``index`` (0-based) with its boundary, futility line and decision.
 
-    Keep: utility - boundary * se > materiality. Reject: at the last look, or when the predictive chance
-    of a keep at the last look is under ``futility_power``. Given the data so far and a flat prior on the
-    gain, the final mean is Student t around the present mean with variance sigma^2 (1/I_k - 1/I_K); the
-    final threshold is taken at the present sigma. ``Look.futility`` is the utility at which that chance
-    equals ``futility_power``; at the last look it is the threshold itself.
+    Keep: utility - boundary * se > materiality; or, with an ``advantage`` (cheaper, faster, simpler),
+    gain - boundary * se > -noninferiority. The same boundaries serve both: each null hypothesis has its own
+    alpha, and the second lies inside the first, so that testing both costs neither anything.
+
+    Reject: at the last look, or when the predictive chance of a keep at the last look is under
+    ``futility_power``. Given the data so far and a flat prior on the gain, the final mean is Student t around
+    the present mean with variance sigma^2 (1/I_k - 1/I_K); the final threshold is taken at the present sigma.
+    ``Look.futility`` is the utility at which that chance equals ``futility_power``; at the last look it is the
+    threshold itself.
     """
     info = tuple(information(policy, n, evidence.form) for n in policy.looks)
     z = efficacy(info, policy.alpha, policy.spending)
@@ -132,6 +146,11 @@ def take(policy: Policy, evidence: Evidence, index: int) -> Look:
         futility = threshold - t_upper(policy.futility_power, evidence.df) * spread
     stop = last or (policy.futility_power > 0.0 and evidence.utility < futility)
     keep = lower > policy.materiality_bpb
+    if advantage and advantage.worth(evidence.utility):
+        keep = keep or evidence.gain - boundary * evidence.se > -policy.noninferiority_bpb
+        # the easier of the two aims decides whether it is worth going on
+        easier = futility - policy.materiality_bpb - policy.noninferiority_bpb
+        stop = last or (stop and evidence.gain < easier)
     return Look(n=evidence.n, mean=evidence.utility, se=evidence.se, sigma=evidence.sigma, df=evidence.df,
                 boundary=boundary, futility=futility, lower=lower,
                 decision="keep" if keep else "reject" if stop else "continue")

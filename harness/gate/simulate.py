@@ -1,12 +1,14 @@
-"""Monte Carlo of the confirm design: how often the gate keeps what it should not, and misses what it should.
+"""Monte Carlo of the gate's design: how often it keeps what it should not, and misses what it should.
 
-The whole paired design runs vectorised over trials: per-edit noise, control bank, shrinkage, looks, futility.
+The whole confirm design runs vectorised over trials: per-edit noise, control bank, shrinkage, looks, futility;
+so does breadth's veto. Here: rates per trial. Whole nights, beside other rules: ``harness.gate.rivals``.
 numpy only; every function takes a seed and is deterministic in it. A candidate's bytes and time are taken
 to equal the incumbent's, so utility = gain. All gains and sigmas in bpb.
 
 Model: on seed k the control scores C_k, the candidate C_k - gain + e, so that the difference is
 gain + s z with s the edit's own sigma_d, drawn log-normally around the track's. A share ``shared`` of the
 variance of a difference comes from the control's run and is common to all trials judged against one bank.
+A breadth run sees another effect than confirm does (``World.disagreement``) with noise of its own.
 """
 
 from __future__ import annotations
@@ -26,8 +28,61 @@ from harness.gate.policy import Policy
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Counts = NDArray[np.int64]
+Estimate = Callable[[Flags, int], tuple[Floats, Floats]]
+"""(undecided trials [trials], n) -> their gain and their sum of squares at n candidate runs."""
 
 TRUE_SHARE = 0.1  # of proposals that are true gains: the prior for which error rates are stated
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What is assumed about runs and edits beyond the policy's noise prior."""
+
+    shared: float = 0.5  # share of a difference's variance that is the control's run
+    breadth_sigma: float = 1.0  # sigma of a breadth difference over the edit's own confirm sigma_d
+    disagreement: float = 1.8  # breadth effect - confirm effect: its standard deviation in typical sigmas
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What is proposed. ``gain``: size of a true gain in typical sigmas, or its mean when ``spread``."""
+
+    name: str
+    true_share: float = TRUE_SHARE
+    gain: float = 2.0
+    harm_share: float = 0.1  # of the proposals that are no gain: these lose as much as a gain gains
+    spread: bool = False  # sizes are exponential, not all equal
+
+    @property
+    def words(self) -> str:
+        """The mix in words."""
+        size = f"{self.gain:g} sigma" + (" on average (exponential)" if self.spread else "")
+        rest = 1.0 - self.true_share
+        return (f"{self.true_share:.0%} true gains of {size}, {rest * self.harm_share:.0%} harms as large, "
+                f"{rest * (1.0 - self.harm_share):.0%} without any effect")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a night may spend, in runs of confirm's length, and what the other runs cost in them."""
+
+    confirm_seconds: float = 180.0
+    budget: float = 160.0  # confirm runs: 8 hours at 180 s each
+    breadth: float = 0.6  # a breadth run
+    workers: int = 1  # an idle worker runs the next pair ahead, as the loop does
+
+    def hours(self, runs: float) -> float:
+        """Trainer-hours of ``runs`` confirm runs."""
+        return runs * self.confirm_seconds / 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposals:
+    """[nights, proposals] each: true effect at confirm (positive = gain), at breadth, and the edit's sigma_d; bpb."""
+
+    gain: Floats
+    breadth: Floats
+    sigma: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +94,40 @@ class Rates:
     mc_error: float  # standard error of p_keep
     runs: float  # mean candidate confirm runs
     claimed: float  # mean claimed gain of the kept ones, bpb (0 when none)
+
+
+class Sums:
+    """Values [trials, n] (differences, or runs of one side) as running sums: many policies may judge the same draws.
+
+    Called: an ``Estimate`` of the paired form.
+    """
+
+    def __init__(self, values: Floats) -> None:
+        self.trials = len(values)
+        self.total = np.cumsum(values, axis=1)
+        self.square = np.cumsum(values**2, axis=1)
+
+    def __call__(self, live: Flags, n: int) -> tuple[Floats, Floats]:
+        mean = self.total[live, n - 1] / n
+        return mean, np.maximum(self.square[live, n - 1] - n * mean**2, 0.0)
+
+    def each(self, n: Counts) -> tuple[Floats, Floats]:
+        """Mean and sum of squares of every trial at its own ``n``, [trials] each."""
+        rows = np.arange(self.trials)
+        mean = self.total[rows, n - 1] / n
+        return mean, np.maximum(self.square[rows, n - 1] - n * mean**2, 0.0)
+
+
+class TwoSample:
+    """Unpaired runs: ``control`` [trials, controls at the last look], ``candidate`` [trials, pairs]. An ``Estimate``."""
+
+    def __init__(self, policy: Policy, control: Sums, candidate: Sums) -> None:
+        self.trials, self.policy, self.control, self.candidate = candidate.trials, policy, control, candidate
+
+    def __call__(self, live: Flags, n: int) -> tuple[Floats, Floats]:
+        mean_c, squares_c = self.control(live, controls_at(self.policy, n))
+        mean_x, squares_x = self.candidate(live, n)
+        return mean_c - mean_x, squares_c + squares_x
 
 
 def typical_sigma(policy: Policy) -> float:
@@ -55,69 +144,62 @@ def edit_sigmas(policy: Policy, n: int, rng: np.random.Generator, sigma: float |
 
 
 def draw(
-    policy: Policy, gain: float, trials: int, rng: np.random.Generator, *, sigma: float | None = None,
-    per_bank: int = 1, shared: float = 0.5,
+    policy: Policy, gain: float | Floats, trials: int, rng: np.random.Generator, *, sigma: float | None = None,
+    per_bank: int = 1, shared: float = World.shared,
 ) -> Floats:
     """[trials, pairs] differences (positive = better). ``per_bank`` consecutive trials share a control bank.
 
-    The bank's part of a difference scales with the edit's own sigma.
+    ``gain``: true, one for all or [trials]. The bank's part of a difference scales with the edit's own sigma.
     """
     pairs, banks = policy.max_pairs, math.ceil(trials / per_bank)
     own = rng.standard_normal((trials, pairs))
     if per_bank > 1:
         bank = np.repeat(rng.standard_normal((banks, pairs)), per_bank, axis=0)[:trials]
         own = math.sqrt(shared) * bank + math.sqrt(1.0 - shared) * own
-    return gain + edit_sigmas(policy, trials, rng, sigma)[:, None] * own
+    return np.reshape(gain, (-1, 1)) + edit_sigmas(policy, trials, rng, sigma)[:, None] * own
 
 
-def judge(policy: Policy, noise: Noise, differences: Floats) -> tuple[Flags, Counts]:
+def judge(policy: Policy, noise: Noise, differences: Floats | Sums) -> tuple[Flags, Counts]:
     """(kept [trials], candidate runs used [trials]) of the paired design on ``differences`` [trials, pairs].
 
     The arithmetic of :func:`looks.take`, over arrays; a test holds the two against each other.
     """
-    def estimate(live: Flags, n: int) -> tuple[Floats, Floats, int]:
-        d = differences[live, :n]
-        mean = d.mean(axis=1)
-        return mean, ((d - mean[:, None]) ** 2).sum(axis=1), n - 1
-
-    df0 = min(policy.shrink_df, noise.df)
-    return _sequential(policy, "paired", noise.sigma_d, df0, len(differences), estimate)
+    drawn = differences if isinstance(differences, Sums) else Sums(differences)
+    return sequential(policy, "paired", noise.sigma_d, min(policy.shrink_df, noise.df), drawn.trials, drawn)
 
 
 def judge_two_sample(
     policy: Policy, noise: Noise, control: Floats, candidate: Floats,
 ) -> tuple[Flags, Counts]:
     """The same for unpaired runs: ``control`` [trials, controls at the last look], ``candidate`` [trials, pairs]."""
-    def estimate(live: Flags, n: int) -> tuple[Floats, Floats, int]:
-        c, x = control[live, : controls_at(policy, n)], candidate[live, :n]
-        mc, mx = c.mean(axis=1), x.mean(axis=1)
-        squares = ((c - mc[:, None]) ** 2).sum(axis=1) + ((x - mx[:, None]) ** 2).sum(axis=1)
-        return mc - mx, squares, c.shape[1] + n - 2
-
-    df0 = min(policy.shrink_df, noise.run_df)
-    return _sequential(policy, "two-sample", noise.sigma_run, df0, len(candidate), estimate)
+    drawn = TwoSample(policy, Sums(control), Sums(candidate))
+    return sequential(policy, "two-sample", noise.sigma_run, min(policy.shrink_df, noise.run_df), drawn.trials, drawn)
 
 
-def _sequential(
-    policy: Policy, form: str, sigma0: float, df0: float, trials: int,
-    estimate: Callable[[Flags, int], tuple[Floats, Floats, int]],
+def sequential(
+    policy: Policy, form: str, sigma0: float | Floats, df0: float | Floats, trials: int, estimate: Estimate,
 ) -> tuple[Flags, Counts]:
-    """Every look over arrays. ``estimate(live, n)``: gain, sum of squares [live], its degrees of freedom."""
+    """(kept, candidate runs used), [trials] each: every look over arrays.
+
+    ``sigma0``, ``df0``: the pooled scale and its degrees of freedom, one for all or [trials].
+    """
     info = tuple(information(policy, n, form) for n in policy.looks)
     z = efficacy(info, policy.alpha, policy.spending)
     last = policy.looks[-1]
     dofs = [n - 1 if form == "paired" else n + controls_at(policy, n) - 2 for n in policy.looks]
-    final = to_t(z[-1], df0 + dofs[-1]) / math.sqrt(info[-1])
+    scale, start = np.broadcast_to(sigma0, trials), np.broadcast_to(df0, trials)
     kept, used = np.zeros(trials, dtype=bool), np.zeros(trials, dtype=np.int64)
     live = np.ones(trials, dtype=bool)
     for k, n in enumerate(policy.looks):
-        mean, squares, dof = estimate(live, n)
-        df = df0 + dof
-        sigma = np.sqrt((df0 * sigma0**2 + squares) / df)
-        keep = mean - to_t(z[k], df) * sigma / math.sqrt(info[k]) > policy.materiality_bpb
+        mean, squares = estimate(live, n)
+        base = start[live]
+        df = base + dofs[k]
+        sigma = np.sqrt((base * scale[live] ** 2 + squares) / df)
+        keep = mean - _by_df(lambda v, k=k: to_t(z[k], v), df) * sigma / math.sqrt(info[k]) > policy.materiality_bpb
         stop = np.full(len(mean), n == last)
         if n != last and policy.futility_power > 0.0:
-            spread = t_upper(policy.futility_power, df) * math.sqrt(1.0 / info[k] - 1.0 / info[-1])
+            final = _by_df(lambda v: to_t(z[-1], v), base + dofs[-1]) / math.sqrt(info[-1])
+            spread = _by_df(lambda v: t_upper(policy.futility_power, v), df) * math.sqrt(1.0 / info[k] - 1.0 / info[-1])
             stop = mean < policy.materiality_bpb + sigma * (final - spread)
         index = np.flatnonzero(live)
         kept[index[keep]] = True
@@ -125,6 +207,36 @@ def _sequential(
         used[index[over]] = n
         live[index[over]] = False
     return kept, used
+
+
+def _by_df(quantile: Callable[[float], float], df: Floats) -> Floats:
+    """``quantile`` over an array that holds few different values."""
+    values, which = np.unique(df, return_inverse=True)
+    return np.array([quantile(float(v)) for v in values])[which]
+
+
+def breadth_passes(policy: Policy, sigma0: float | Floats, df0: float | Floats, differences: Floats) -> Flags:
+    """[trials] whether breadth promotes, from its ``differences`` [trials, breadth_pairs].
+
+    The arithmetic of :func:`verdict.breadth_verdict`, over arrays. ``sigma0``: the pooled sigma_d.
+    """
+    n = differences.shape[1]
+    mean = differences.mean(axis=1)
+    squares = ((differences - mean[:, None]) ** 2).sum(axis=1)
+    se = np.sqrt((df0 * np.square(sigma0) + squares) / (df0 + n - 1) / n)
+    return mean >= -policy.breadth_veto_sigmas * se
+
+
+def reach(
+    policy: Policy, gain: float | Floats, *, trials: int = 100_000, seed: int = 0, sigma: float | None = None,
+    noise: Noise | None = None, world: World | None = None,
+) -> float:
+    """P(breadth promotes) at a true confirm gain ``gain`` (one for all or [trials])."""
+    rng, noise, world = np.random.default_rng(seed), noise or shipped(policy), world or World()
+    effect = gain + world.disagreement * policy.prior.sigma_d * rng.standard_normal(trials)
+    own = world.breadth_sigma * edit_sigmas(policy, trials, rng, sigma)
+    d = effect[:, None] + own[:, None] * rng.standard_normal((trials, policy.breadth_pairs))
+    return float(breadth_passes(policy, noise.sigma_d, min(policy.shrink_df, noise.df), d).mean())
 
 
 def rates(
@@ -137,19 +249,16 @@ def rates(
     (the prior's sigma_run by default), the same for all.
     """
     rng, noise = np.random.default_rng(seed), noise or shipped(policy)
-    rows = np.arange(trials)
     if form(policy, noise) == "paired":
-        d = draw(policy, gain, trials, rng, sigma=sigma)
+        d = Sums(draw(policy, gain, trials, rng, sigma=sigma))
         kept, used = judge(policy, noise, d)
-        at_stop = np.cumsum(d, axis=1)[rows, used - 1] / used
+        at_stop = d.each(used)[0]
     else:
         s = sigma or policy.prior.sigma_run
         control = s * rng.standard_normal((trials, controls_at(policy, policy.max_pairs)))
         candidate = s * rng.standard_normal((trials, policy.max_pairs)) - gain
         kept, used = judge_two_sample(policy, noise, control, candidate)
-        m = np.maximum(used, policy.controls)
-        at_stop = np.cumsum(control, axis=1)[rows, m - 1] / m
-        at_stop -= np.cumsum(candidate, axis=1)[rows, used - 1] / used
+        at_stop = Sums(control).each(np.maximum(used, policy.controls))[0] - Sums(candidate).each(used)[0]
     p = float(kept.mean())
     return Rates(gain=gain, p_keep=p, mc_error=math.sqrt(max(p * (1 - p), 1.0 / trials) / trials),
                  runs=float(used.mean()), claimed=float(at_stop[kept].mean()) if kept.any() else 0.0)
@@ -162,8 +271,8 @@ def false_share(p_null: float, p_gain: float, true_share: float = TRUE_SHARE) ->
 
 
 def bank_spread(
-    policy: Policy, *, banks: int = 2000, per_bank: int = 40, shared: float = 0.5, sigma: float | None = None,
-    seed: int = 0, noise: Noise | None = None,
+    policy: Policy, *, banks: int = 2000, per_bank: int = 40, shared: float = World.shared,
+    sigma: float | None = None, seed: int = 0, noise: Noise | None = None,
 ) -> dict[str, float]:
     """How the false-keep rate of pure-noise trials varies from one control bank to the next.
 
@@ -188,7 +297,7 @@ def pooled_noise(policy: Policy, *, trials: int = 40, seed: int = 0) -> Noise:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The figures of DESIGN section 6 item 6, for one policy."""
+    """Error rates and cost of one policy: the figures that a track's targets speak of."""
 
     track: str
     null: Rates  # true gain 0
@@ -215,3 +324,25 @@ def summary(
         powers=tuple(at(m * typical, 2 + m, typical) for m in (1, 2, 3)),
         false_share=false_share(null.p_keep, target.p_keep),
         runs=(1 - TRUE_SHARE) * null.runs + TRUE_SHARE * target.runs)
+
+
+def propose(
+    policy: Policy, mix: Mix, costs: Costs, *, nights: int, world: World | None = None, seed: int = 0,
+) -> Proposals:
+    """As many proposals as the cheapest rule can try in a night."""
+    rng, world = np.random.default_rng([seed, 1]), world or World()
+    count = math.ceil(costs.budget / min(1.0, policy.breadth_pairs * costs.breadth)) + 1
+    shape, sigma = (nights, count), typical_sigma(policy)
+    u = rng.random(shape)
+    size = mix.gain * sigma * (rng.exponential(size=shape) if mix.spread else np.ones(shape))
+    harmful = u > 1.0 - (1.0 - mix.true_share) * mix.harm_share
+    gain = np.where(u < mix.true_share, size, np.where(harmful, -size, 0.0))
+    breadth = gain + world.disagreement * sigma * rng.standard_normal(shape)
+    return Proposals(gain=gain, breadth=breadth, sigma=edit_sigmas(policy, nights * count, rng).reshape(shape))
+
+
+def kendall(proposals: Proposals, *, sample: int = 1500) -> float:
+    """Kendall's tau between true effects at confirm and at breadth, over pairs that differ at confirm."""
+    a, b = proposals.gain.ravel()[:sample], proposals.breadth.ravel()[:sample]
+    order = np.sign(a[:, None] - a) * np.sign(b[:, None] - b)
+    return float(order.sum() / max(1, (a[:, None] != a).sum()))

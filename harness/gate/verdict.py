@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from msgspec import structs
 
 from harness.gate import explain
 from harness.gate import noise as noise_mod
+from harness.gate.advantage import Advantage, advantage
 from harness.gate.boundaries import t_upper
-from harness.gate.checks import GateError, Sides, check_bytes, check_runtime, prepare
+from harness.gate.checks import (
+    Converged,
+    GateError,
+    Sides,
+    Timing,
+    check_bytes,
+    check_converged,
+    check_runtime,
+    check_timing,
+    prepare,
+)
+from harness.gate.early import EarlyStop, stops
 from harness.gate.looks import Evidence, available, controls_at, ready, take, weigh
 from harness.gate.noise import Noise
 from harness.gate.policy import Policy, from_dict, hash_of
@@ -62,54 +74,110 @@ def breadth_verdict(
     decided = None
     if veto:
         decided = _record(policy, sides, noise, evidence, "reject", "rejected.worse", text, stage="breadth",
-                          cost_seconds=cost_seconds)
+                          facts=Facts(cap_bytes=0, cost_seconds=cost_seconds))
     return BreadthVerdict(
         decision="veto" if veto else "promote", explanation=text, needed_pairs=0, n=n, mean=evidence.gain,
         se=evidence.se, sigma=evidence.sigma, df=evidence.df, threshold=threshold, decided=decided)
 
 
+def early_verdict(
+    policy: Policy, control: Sequence[RunFigures], early: EarlyStop, noise: Noise, *, cost_seconds: float = 0.0,
+) -> Decided | None:
+    """The record of a breadth run given up on its way; None when the policy would not have given it up.
+
+    ``control``: the incumbent's run of the same k and seed, with its dev losses, and no other.
+    """
+    again = stops(policy, control[0], early.step, early.of, early.candidate) if len(control) == 1 else None
+    if again is None:
+        return None
+    sides = Sides(control=tuple(control), candidate=(), pairs=0)
+    return _record(policy, sides, noise, None, "reject", "rejected.worse", explain.early(policy, again),
+                   stage="breadth", facts=Facts(cap_bytes=0, cost_seconds=cost_seconds), early=again)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the gate is told beside the runs' figures; all of it goes into the record."""
+
+    cap_bytes: int
+    timing: Timing = ()  # step ms of (control, candidate), taking turns
+    simpler: int = 0  # settings that the candidate has fewer than the incumbent
+    converged: Converged | None = None
+    cost_seconds: float = 0.0
+
+
 def confirm_step(
-    policy: Policy, control: Sequence[RunFigures], candidate: Sequence[RunFigures], noise: Noise,
-    track_cap_bytes: int, *, cost_seconds: float = 0.0,
+    policy: Policy, control: Sequence[RunFigures], candidate: Sequence[RunFigures], noise: Noise, facts: Facts,
 ) -> Decided:
     """Judge what has been measured so far.
 
     Hard limits first: bytes at once, on every candidate run; step time as soon as a look can be taken.
-    Then the looks in order, as far as there are runs. The answer's verdict is keep, reject or continue;
-    ``delta_bpb`` is candidate minus control (negative is better), ``Look.mean`` is the utility (positive
-    is better). ``cost_seconds`` is carried into the record. Raises GateError when the figures must not be
+    Then the looks in order, as far as there are runs. The answer's verdict is keep, reject or continue; a
+    continue names what is wanted, ``needed_pairs`` (for the next look) or ``needed_timing`` (a keep or a
+    rejection for time rests on runs that took turns). ``delta_bpb`` is candidate minus control (negative is
+    better), ``Look.mean`` is the utility (positive is better). Raises GateError when the figures must not be
     compared (other evaluator, data, slice, seeds or code tree, a run twice, a non-finite figure).
     """
     form = noise_mod.form(policy, noise)
+    check_timing(facts.timing)
     sides = _trim(policy, prepare(control, candidate), form)
-    checks = [_comparable(sides), check_bytes(policy, sides.candidate, track_cap_bytes)]
-    common = {"cap_bytes": track_cap_bytes, "cost_seconds": cost_seconds, "checks": checks}
-    if not checks[-1].passed:
-        return _record(policy, sides, noise, None, "reject", "rejected.bytes",
-                       explain.limit(policy, checks[-1]), **common)
-    looks: list[Look] = []
+    checks = [_comparable(sides), check_bytes(policy, sides.candidate, facts.cap_bytes)]
+    if facts.converged:
+        checks.append(check_converged(sides.candidate, facts.converged))
+    out = _Recorder(policy, sides, noise, facts, checks)
+    if not all(c.passed for c in checks):
+        broken = next(c for c in checks if not c.passed)
+        return out.record(None, "reject", "rejected.bytes", explain.limit(policy, broken))
     evidence: Evidence | None = None
+    plus: Advantage | None = None
     for index, n in enumerate(policy.looks):
         if not ready(policy, sides, form, n):
-            text = explain.waiting(policy, available(policy, sides, form), n, looks)
-            return _record(policy, sides, noise, evidence, "continue", "continue", text, looks=looks,
-                           needed_pairs=n, **common)
-        evidence = weigh(policy, noise, sides, form, n)
+            text = explain.waiting(policy, available(policy, sides, form), n, out.looks)
+            return out.record(evidence, "continue", "continue", text, needed_pairs=n)
+        evidence = weigh(policy, noise, sides, form, n, facts.timing)
         if index == 0:
-            checks.append(_runtime(policy, sides, form))
+            checks.append(_runtime(policy, sides, form, facts.timing))
             if not checks[-1].passed:
-                return _record(policy, sides, noise, evidence, "reject", "rejected.runtime",
-                               explain.limit(policy, checks[-1]), **common)
-        look = take(policy, evidence, index)
+                return out.timed(evidence, "reject", "rejected.runtime", explain.limit(policy, checks[-1]))
+        plus = advantage(policy, evidence.delta_bytes, evidence.delta_step_pct, facts.cap_bytes, facts.timing,
+                         facts.simpler)
+        look = take(policy, evidence, index, plus)
         if look.decision == "keep" and not _affordable(policy, evidence, look):
             look = _refuse(look, last=index == len(policy.looks) - 1)
-        looks.append(look)
+        out.looks.append(look)
         if look.decision != "continue":
             break
     assert evidence is not None  # a policy has at least one look
-    verdict, reason = _reason(policy, sides, evidence, looks[-1])
-    text = explain.outcome(policy, noise, evidence, looks, reason)
-    return _record(policy, sides, noise, evidence, verdict, reason, text, looks=looks, **common)
+    verdict, reason = _reason(policy, sides, evidence, out.looks[-1], plus)
+    text = explain.outcome(policy, noise, evidence, out.looks, reason, plus)
+    return out.timed(evidence, verdict, reason, text)
+
+
+@dataclass
+class _Recorder:
+    """Makes the record of a confirm verdict from what all of them share."""
+
+    policy: Policy
+    sides: Sides
+    noise: Noise
+    facts: Facts
+    checks: list[SubCheck]
+    looks: list[Look] = field(default_factory=list)
+
+    def record(
+        self, evidence: Evidence | None, verdict: str, reason: str, text: str, *, needed_pairs: int = 0,
+        needed_timing: int = 0,
+    ) -> Decided:
+        return _record(self.policy, self.sides, self.noise, evidence, verdict, reason, text, facts=self.facts,
+                       looks=self.looks, checks=self.checks, needed_pairs=needed_pairs, needed_timing=needed_timing)
+
+    def timed(self, evidence: Evidence, verdict: str, reason: str, text: str) -> Decided:
+        """The verdict, or a request for timing when it may depend on time and that was not measured in turns."""
+        wanted = self.policy.timing_pairs
+        if len(self.facts.timing) < wanted and (verdict == "keep" or reason == "rejected.runtime"):
+            return self.record(evidence, "continue", "continue", explain.untimed(self.policy, reason, wanted),
+                               needed_timing=wanted)
+        return self.record(evidence, verdict, reason, text)
 
 
 def _comparable(sides: Sides) -> SubCheck:
@@ -122,17 +190,17 @@ def _comparable(sides: Sides) -> SubCheck:
                f"split {run.split}, {run.eval_tokens} tokens; pairs share their seeds")
 
 
-def _runtime(policy: Policy, sides: Sides, form: str) -> SubCheck:
-    """Step times over every pair there is (two-sample: over all runs)."""
+def _runtime(policy: Policy, sides: Sides, form: str, timing: Timing) -> SubCheck:
+    """Step times over every pair there is (two-sample: over all runs), unless runs took turns."""
     if form == "paired":
         matched = sides.matched(sides.pairs)
-        return check_runtime(policy, [c for c, _ in matched], [x for _, x in matched])
-    return check_runtime(policy, sides.control, sides.candidate)
+        return check_runtime(policy, [c for c, _ in matched], [x for _, x in matched], timing)
+    return check_runtime(policy, sides.control, sides.candidate, timing)
 
 
 def _affordable(policy: Policy, evidence: Evidence, look: Look) -> bool:
-    """A keep that rests on fewer bytes must not have lost bpb: its lower bound stays inside the margin."""
-    if evidence.gain - evidence.time_charge > policy.materiality_bpb:
+    """A keep that rests on fewer bytes or less time must not have lost bpb: its lower bound stays inside the margin."""
+    if evidence.gain - max(0.0, evidence.time_charge) > policy.materiality_bpb:
         return True
     return evidence.gain - look.boundary * evidence.se >= -policy.noninferiority_bpb
 
@@ -142,11 +210,17 @@ def _refuse(look: Look, *, last: bool) -> Look:
     return structs.replace(look, decision="reject" if last else "continue")
 
 
-def _reason(policy: Policy, sides: Sides, evidence: Evidence, look: Look) -> tuple[str, str]:
+def _reason(
+    policy: Policy, sides: Sides, evidence: Evidence, look: Look, plus: Advantage | None,
+) -> tuple[str, str]:
     """(verdict, reason code) of the look that ended the trial."""
     if look.decision == "keep":
-        gained = evidence.gain - evidence.time_charge > policy.materiality_bpb
-        return "keep", "kept.gain" if gained else "kept.cheaper"
+        if look.lower <= policy.materiality_bpb:
+            assert plus is not None  # nothing else lets a look keep
+            return "keep", plus.reason
+        if evidence.gain - max(0.0, evidence.time_charge) > policy.materiality_bpb:
+            return "keep", "kept.gain"
+        return "keep", "kept.faster" if -evidence.time_charge > -evidence.byte_charge else "kept.cheaper"
     t = t_upper(policy.worse_alpha, evidence.df)
     upper = look.mean + t * look.se
     if upper < 0.0 or evidence.gain + t * evidence.se < 0.0:
@@ -172,10 +246,11 @@ def _trim(policy: Policy, sides: Sides, form: str) -> Sides:
 
 def _record(
     policy: Policy, sides: Sides, noise: Noise, evidence: Evidence | None, verdict: str, reason: str,
-    explanation: str, *, stage: str = "confirm", cap_bytes: int = 0, looks: Sequence[Look] = (),
-    checks: Sequence[SubCheck] = (), needed_pairs: int = 0, cost_seconds: float = 0.0,
+    explanation: str, *, facts: Facts, stage: str = "confirm", looks: Sequence[Look] = (),
+    checks: Sequence[SubCheck] = (), needed_pairs: int = 0, needed_timing: int = 0, early: EarlyStop | None = None,
 ) -> Decided:
     """The record of a verdict, with the figures it rests on and no others."""
+    converged = facts.converged
     return Decided(
         verdict=verdict, reason=reason, explanation=explanation, policy_hash=policy.hash,
         policy=policy.to_dict(), stage=stage, control=list(sides.control), candidate=list(sides.candidate),
@@ -185,7 +260,17 @@ def _record(
         delta_step_pct=None if evidence is None else evidence.delta_step_pct,
         sigma=None if evidence is None else evidence.sigma,
         sigma_df=None if evidence is None else evidence.df,
-        cost_seconds=cost_seconds, cap_bytes=cap_bytes, needed_pairs=needed_pairs)
+        cost_seconds=facts.cost_seconds, cap_bytes=facts.cap_bytes, timing=[list(map(float, p)) for p in facts.timing],
+        simpler=facts.simpler, converged_ratio=converged.ratio if converged else 0.0,
+        converged_cap_bytes=converged.cap_bytes if converged else 0, early=early,
+        needed_pairs=needed_pairs, needed_timing=needed_timing)
+
+
+def facts_of(decided: Decided) -> Facts:
+    """The facts that a recorded confirm verdict was given."""
+    ratio, cap = decided.converged_ratio, decided.converged_cap_bytes
+    return Facts(cap_bytes=decided.cap_bytes, timing=decided.timing, simpler=decided.simpler,
+                 converged=Converged(ratio=ratio, cap_bytes=cap) if ratio else None, cost_seconds=decided.cost_seconds)
 
 
 def recompute(decided: Decided) -> list[str]:
@@ -204,23 +289,25 @@ def recompute(decided: Decided) -> list[str]:
     try:
         policy = from_dict(decided.policy)
         noise = noise_mod.noise_from_dict(decided.noise_prior)
-        if decided.stage == "breadth":
+        if decided.early is not None:
+            again = early_verdict(policy, decided.control, decided.early, noise)
+        elif decided.stage == "breadth":
             again = breadth_verdict(policy, decided.control, decided.candidate, noise).decided
         elif decided.stage == "confirm":
-            again = confirm_step(policy, decided.control, decided.candidate, noise, decided.cap_bytes)
+            again = confirm_step(policy, decided.control, decided.candidate, noise, facts_of(decided))
         else:
             return [f"stage {decided.stage!r}; valid: preflight, breadth, confirm"]
     except ValueError as e:  # GateError, PolicyError, NoiseError: the figures themselves are impossible
         return [f"cannot be judged again: {e}"]
     if again is None:
-        return ["breadth does not veto these figures"]
+        return ["these figures end no breadth"]
     return _differences(decided, again)
 
 
 def _differences(old: Decided, new: Decided) -> list[str]:
     """Where two verdicts on the same figures differ."""
     out = [f"{name}: recorded {getattr(old, name)!r}, recomputed {getattr(new, name)!r}"
-           for name in ("verdict", "reason", "delta_bytes", "needed_pairs", "cap_bytes")
+           for name in ("verdict", "reason", "delta_bytes", "needed_pairs", "needed_timing", "cap_bytes", "early")
            if getattr(old, name) != getattr(new, name)]
     out += [f"{name}: recorded {getattr(old, name)!r}, recomputed {getattr(new, name)!r}"
             for name in ("delta_bpb", "delta_step_pct", "sigma", "sigma_df")
@@ -245,4 +332,7 @@ def _close(a: float | None, b: float | None) -> bool:
     return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
-__all__ = ["BreadthVerdict", "GateError", "breadth_verdict", "confirm_step", "recompute"]
+__all__ = [
+    "BreadthVerdict", "Converged", "Facts", "GateError", "breadth_verdict", "confirm_step", "early_verdict", "facts_of",
+    "recompute",
+]

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
 
+from msgspec import structs
+
 from harness.executor import EventSink, LocalExecutor, RunDone, RunFailed, RunRequest
 from harness.views import PlainView
 from ledger.records import RunFigures
@@ -37,6 +39,7 @@ class FakeExecutor(LocalExecutor):
 
     world: ClassVar[Callable[[RunRequest], float]] = staticmethod(bowl_world)
     fails: ClassVar[Callable[[RunRequest], RunFailed | None]] = staticmethod(lambda request: None)
+    dev: ClassVar[Callable[[RunRequest], list[list[float]]]] = staticmethod(lambda request: [])  # [step, dev loss]
     calls: ClassVar[list[RunRequest]] = []
     die_before: ClassVar[int | None] = None  # raise Killed instead of the n-th run from now
 
@@ -48,7 +51,7 @@ class FakeExecutor(LocalExecutor):
     @classmethod
     def reset(cls) -> None:
         cls.world, cls.fails = staticmethod(bowl_world), staticmethod(lambda request: None)
-        cls.calls, cls.die_before = [], None
+        cls.dev, cls.calls, cls.die_before = staticmethod(lambda request: []), [], None
 
     def submit(self, request: RunRequest, sink: EventSink) -> Future[RunDone | RunFailed]:
         cls = type(self)
@@ -58,8 +61,17 @@ class FakeExecutor(LocalExecutor):
             cls.die_before -= 1
         cls.calls.append(request)
         future: Future[RunDone | RunFailed] = Future()
-        failed = cls.fails(request)
-        future.set_result(failed or RunDone(request=request, figures=fake_figures(request, cls.world(request))))
+        outcome = cls.fails(request)
+        dev = cls.dev(request) if request.dev_every else []
+        for step, loss in dev if outcome is None and request.watch else []:
+            why = request.watch({"kind": "dev", "step": step, "dev_loss": loss})  # type: ignore[misc]
+            if why:
+                outcome = RunFailed(request=request, kind="given-up", detail=why)
+                break
+        if outcome is None and request.watch and (why := request.watch({"kind": "step"})):
+            outcome = RunFailed(request=request, kind="given-up", detail=why)
+        future.set_result(outcome or RunDone(
+            request=request, figures=structs.replace(fake_figures(request, cls.world(request)), dev=dev)))
         return future
 
     def stop(self) -> None:

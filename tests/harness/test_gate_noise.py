@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.gate import noise as n
-from harness.gate.verdict import confirm_step
+from harness.gate.verdict import Facts, confirm_step
 from tests.harness.gate_figures import CAP, POLICY, gains
 
 values = st.lists(st.floats(-0.05, 0.05), min_size=2, max_size=8)
@@ -76,7 +76,7 @@ def test_single_pairs_teach_nothing_and_the_order_does_not_matter() -> None:
 
 def test_pool_from_verdicts_equals_pool_from_figures() -> None:
     control, candidate = gains([0.004, -0.002, 0.003, 0.001])
-    decided = confirm_step(POLICY, control, candidate, n.shipped(POLICY), CAP)
+    decided = confirm_step(POLICY, control, candidate, n.shipped(POLICY), Facts(cap_bytes=CAP))
     by_hand = n.pool(POLICY, [([r.val_bpb for r in control], [r.val_bpb for r in candidate])])
     assert n.pool_decided(POLICY, [decided]) == by_hand
     assert n.pool_decided(POLICY, []) == n.shipped(POLICY)

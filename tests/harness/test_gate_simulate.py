@@ -14,7 +14,7 @@ from harness.gate.greedy import greedy
 from harness.gate.noise import Noise, shipped
 from harness.gate.policy import Policy, load_policy
 from harness.gate.simulate import bank_spread, draw, false_share, judge, judge_two_sample, rates, summary
-from harness.gate.verdict import confirm_step
+from harness.gate.verdict import Facts, confirm_step
 from tests.harness.gate_figures import CAP, POLICY, sides
 
 FREE = dataclasses.replace(POLICY, price_mb=0.0, price_time=0.0)
@@ -28,7 +28,8 @@ def test_the_simulated_gate_is_the_gate_paired() -> None:
     kept, used = judge(FREE, shipped(FREE), d)
     assert 0.1 < kept.mean() < 0.9
     for i in range(300):
-        decided = confirm_step(FREE, *sides(list(control[i]), list(control[i] - d[i])), shipped(FREE), CAP)
+        decided = confirm_step(FREE, *sides(list(control[i]), list(control[i] - d[i])), shipped(FREE),
+                               Facts(cap_bytes=CAP))
         assert (decided.verdict == "keep", decided.looks[-1].n) == (kept[i], used[i])
 
 
@@ -39,7 +40,7 @@ def test_the_simulated_gate_is_the_gate_two_sample() -> None:
     kept, used = judge_two_sample(policy, UNPAIRED, control, candidate)
     assert 0.1 < kept.mean() < 0.9 and len(set(used)) == 3
     for i in range(300):
-        decided = confirm_step(policy, *sides(list(control[i]), list(candidate[i])), UNPAIRED, CAP)
+        decided = confirm_step(policy, *sides(list(control[i]), list(candidate[i])), UNPAIRED, Facts(cap_bytes=CAP))
         assert (decided.verdict == "keep", decided.looks[-1].n) == (kept[i], used[i])
 
 

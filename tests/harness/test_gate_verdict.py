@@ -18,7 +18,7 @@ from harness.gate.checks import GateError
 from harness.gate.explain import REASONS, explain
 from harness.gate.noise import Noise, shipped
 from harness.gate.policy import Policy
-from harness.gate.verdict import breadth_verdict, confirm_step, recompute
+from harness.gate.verdict import Facts, breadth_verdict, confirm_step, recompute
 from ledger.records import Decided, RunFigures
 from tests.harness.gate_figures import CAP, POLICY, gains, run, sides
 
@@ -33,7 +33,7 @@ differences = st.lists(difference, min_size=4, max_size=4)
 def judge(
     policy: Policy, both: tuple[list[RunFigures], list[RunFigures]], cap: int = CAP, noise: Noise = NOISE,
 ) -> Decided:
-    return confirm_step(policy, *both, noise, cap)
+    return confirm_step(policy, *both, noise, Facts(cap_bytes=cap))
 
 
 @given(differences, st.permutations(range(4)), st.permutations(range(4)))

@@ -64,7 +64,7 @@ def sound(ws: Workspace, state: SearchState) -> None:
     assert commits(ws) == state.kept
     assert git(ws.root, "status", "--porcelain", "--untracked-files=no") in ("", "M ledger/autoresearch.jsonl")
     assert git(ws.root, "symbolic-ref", "HEAD") == "refs/heads/main"
-    seen = Counter((r.trial, r.type, getattr(getattr(r.body, "run", None), "k", None))
+    seen = Counter((r.trial, r.type, getattr(getattr(r.body, "run", None), "k", len(getattr(r.body, "ks", ()))))
                    for r in Ledger(ws.ledger).records(search=TRACK) if r.trial)
     once = [key for key, n in seen.items() if n > 1 and not key[1].endswith(".started")]
     assert once == []
@@ -81,8 +81,8 @@ def test_a_search_keeps_what_helps_and_stops_at_its_budget(ws: Workspace) -> Non
     assert state.kept, "six proposals in this world find something"
     recipe = parse_recipe(git(ws.root, "show", f"search/{TRACK}:trainer/recipes/{TRACK}.toml"), get_track(TRACK))
     last: dict[str, Any] = {}
-    for trial in state.kept:
-        last.update(state.trials[trial].proposed.change)
+    for trial in state.standing:
+        last.update(trial.proposed.change)
     assert recipe == last
     for trial in state.trials.values():
         if trial.decided and trial.decided.verdict == "keep":
@@ -124,7 +124,8 @@ POINTS = [f"after:{name}" for name in BODIES if not name.startswith("ledger.")]
 
 @pytest.mark.parametrize("point", ["after:search.started", "after:control.ended", "after:trial.proposed",
                                    "after:preflight.passed", "after:breadth.started", "after:breadth.ended",
-                                   "after:confirm.started", "after:confirm.ended", "after:decided", "after:finding"])
+                                   "after:confirm.started", "after:confirm.ended", "after:decided", "after:finding",
+                                   "after:timing.measured", "after:honest.measured"])
 def test_killed_after_any_record_the_search_ends_the_same(
     ws: Workspace, point: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pristine: Path
 ) -> None:
