@@ -63,8 +63,8 @@ class Config:
 
 def configs() -> list[Config]:
     """The campaign. Signs were guessed from earlier two-seed runs; what is true is what 16 and more seeds say."""
-    def edit(name: str, kind: str, **knobs: KnobValue) -> Config:
-        return Config(name=name, kind=kind, knobs=knobs, breadth_seeds=4)
+    def edit(name: str, kind: str, seeds: int = 24, **knobs: KnobValue) -> Config:
+        return Config(name=name, kind=kind, knobs=knobs, seeds=seeds, breadth_seeds=4)
 
     out = [
         Config(name=BASE, kind="base", seeds=64, breadth_seeds=4),
@@ -72,7 +72,7 @@ def configs() -> list[Config]:
         Config(name=NULL, kind="null", knobs={"matrix_lr": 0.04 * (1 + 1e-6)}, seeds=8, breadth_seeds=4),
         Config(name="steps+2", kind="gain", steps=122), Config(name="steps+6", kind="gain", steps=126),
         Config(name="steps+12", kind="gain", steps=132),
-        edit("warmdown-0.08", "gain", warmdown_frac=0.08), edit("warmdown-0.15", "gain", warmdown_frac=0.15),
+        edit("warmdown-0.08", "gain", warmdown_frac=0.08), edit("warmdown-0.15", "gain", 8, warmdown_frac=0.15),
         edit("momentum-0.94", "gain", muon_momentum=0.94), edit("momentum-0.9", "gain", muon_momentum=0.9),
         edit("matrix-lr-0.035", "gain", matrix_lr=0.035), edit("embed-lr-0.045", "gain", tied_embed_lr=0.045),
         edit("embed-std-0.02", "gain", tied_embed_init_std=0.02), edit("resid-norm", "gain", resid_norm=True),
@@ -81,11 +81,11 @@ def configs() -> list[Config]:
         edit("beta2-0.99", "harm", beta2=0.99), edit("qk-gain-4", "harm", qk_gain_init=4.0),
         edit("neg-slope-0.5", "harm", mlp_neg_slope=0.5), edit("momentum-0.96", "harm", muon_momentum=0.96),
         edit("momentum-0.97", "harm", muon_momentum=0.97), edit("matrix-lr-0.045", "harm", matrix_lr=0.045),
-        edit("embed-lr-0.055", "harm", tied_embed_lr=0.055), edit("embed-lr-0.1", "harm", tied_embed_lr=0.1),
+        edit("embed-lr-0.055", "harm", tied_embed_lr=0.055), edit("embed-lr-0.1", "harm", 8, tied_embed_lr=0.1),
     ]
-    out += [Config(name=f"dim-{d}", kind="size", knobs={"model_dim": d}, seeds=8, breadth_seeds=4)
+    out += [Config(name=f"dim-{d}", kind="size", knobs={"model_dim": d}, seeds=6, breadth_seeds=4)
             for d in (112, 120, 136, 144)]
-    out += [Config(name=f"layers-{n}", kind="size", knobs={"num_layers": n}, seeds=8, breadth_seeds=4) for n in (4, 6)]
+    out += [Config(name=f"layers-{n}", kind="size", knobs={"num_layers": n}, seeds=6, breadth_seeds=4) for n in (4, 6)]
     out += [Config(name=f"length-{n}", kind="length", steps=n, seeds=2) for n in (30, 60, 240, 480, 960)]
     return out
 
@@ -108,22 +108,18 @@ class Job:
         return int(self.stage.removeprefix("breadth-"))
 
 
-BREADTH = (60, 90, 30)  # lengths of the panel, the most wanted first
+BREADTH = (60, 90)  # lengths of the panel, the most wanted first
 
 
 def jobs() -> Iterator[Job]:
     """In an order that makes a campaign cut short useful: seeds in blocks, every configuration in each block."""
     everything = configs()
-    blocks = [range(8), range(8, 16), range(16, 24), range(24, 64)]
-    for i, block in enumerate(blocks):
+    for i, block in enumerate((range(8), range(8, 16), range(16, 24), range(24, 64))):
         for k in block:
-            for c in everything:
-                if k < c.seeds:
-                    yield Job(config=c, stage="confirm", k=k)
-        if i == 0:
-            for steps in BREADTH:
-                for k in range(4):
-                    yield from (Job(config=c, stage=f"breadth-{steps}", k=k) for c in everything if k < c.breadth_seeds)
+            yield from (Job(config=c, stage="confirm", k=k) for c in everything if k < c.seeds)
+        for steps in BREADTH[i:i + 1]:
+            for k in range(4):
+                yield from (Job(config=c, stage=f"breadth-{steps}", k=k) for c in everything if k < c.breadth_seeds)
 
 
 def specs(job: Job, track: Track, data: Path, out: Path) -> tuple[RunSpec, dict[str, Any]]:

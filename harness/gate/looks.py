@@ -90,9 +90,9 @@ def _squares(values: Sequence[float]) -> float:
 
 
 def _time_charge(policy: Policy, slower: float, timing: Timing) -> float:
-    """bpb for ``slower`` % more step time. A credit needs its full number of timing pairs."""
+    """bpb for ``slower`` % more step time. A credit needs its full number of timing pairs, all for the candidate."""
     beyond = max(0.0, slower - policy.time_deadband_pct)
-    if policy.time_credit and len(timing) >= policy.timing_pairs > 0:
+    if policy.time_credit and len(timing) >= policy.timing_pairs > 0 and all(x < c for c, x in timing):
         beyond -= max(0.0, -slower - policy.time_deadband_pct)
     return policy.price_time * beyond
 
