@@ -114,12 +114,18 @@ BREADTH = (60, 90)  # lengths of the panel, the most wanted first
 def jobs() -> Iterator[Job]:
     """In an order that makes a campaign cut short useful: seeds in blocks, every configuration in each block."""
     everything = configs()
+
+    def breadth(steps: int) -> Iterator[Job]:
+        for k in range(4):
+            yield from (Job(config=c, stage=f"breadth-{steps}", k=k) for c in everything if k < c.breadth_seeds)
+
     for i, block in enumerate((range(8), range(8, 16), range(16, 24), range(24, 64))):
         for k in block:
             yield from (Job(config=c, stage="confirm", k=k) for c in everything if k < c.seeds)
-        for steps in BREADTH[i:i + 1]:
-            for k in range(4):
-                yield from (Job(config=c, stage=f"breadth-{steps}", k=k) for c in everything if k < c.breadth_seeds)
+        if i == 0:
+            yield from breadth(BREADTH[0])
+    for steps in BREADTH[1:]:
+        yield from breadth(steps)
 
 
 def specs(job: Job, track: Track, data: Path, out: Path) -> tuple[RunSpec, dict[str, Any]]:

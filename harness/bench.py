@@ -20,6 +20,7 @@ from harness.state import SearchState, apply
 from harness.tracks import STAGES, Track, run_seed
 from harness.views import View
 from ledger.errors import LedgerError
+from ledger.measured import CalibrationMeasured
 from ledger.records import Body
 from ledger.store import Ledger
 
@@ -78,7 +79,8 @@ class Bench:
     view: View
     budget: Budget
     state: SearchState
-    mirror: Callable[[], object]  # store the ledger under its ref
+    calibration: CalibrationMeasured | None = None  # of the noise, under this fingerprint
+    mirror: Callable[[], object] = lambda: None  # store the ledger under its ref
     crash_point: Callable[[str], None] = field(default=lambda name: None)  # tests kill here
     filler: Callable[[], tuple[RunRequest, OnDone] | None] = field(default=lambda: None)  # work for an idle worker
     _idle: dict[Future[RunDone | RunFailed], OnDone] = field(default_factory=dict)  # filler runs under way

@@ -18,6 +18,7 @@ from harness.errors import InfraError, UserError
 from harness.executor import LocalExecutor
 from harness.gate.policy import load_policy
 from harness.gitrepo import Repo, open_repo
+from harness.noisebasis import noise_basis
 from harness.recipe import parse_recipe
 from harness.runner import kill_orphans
 from harness.settle import settle, take_back
@@ -32,7 +33,7 @@ from harness.stages import (
     preflight,
 )
 from harness.state import SearchState, TrialState, fold
-from harness.tracks import Track, environment, fingerprint, get_track
+from harness.tracks import Track, differences, environment, fingerprint, get_track, record_derivation
 from harness.transaction import commit_keep, revert_keep
 from harness.views import View
 from harness.workspace import Workspace, recipe_path, require_own_code
@@ -83,7 +84,7 @@ def run_search(
     require_own_code(ws)
     track = get_track(options.track)
     name = search_name(options.name or track.name)
-    proposer, policy = make_proposer(options.agent, ws.kb), load_policy(track.name)
+    proposer, policy = make_proposer(options.agent, ws.kb), load_policy(track.policy_track)
     repo = open_repo(ws.root)
     with SearchLock(ws.search_lock):
         kill_orphans(ws.runs)
@@ -111,12 +112,25 @@ def run_search(
             return SearchOutcome(search=name, reason="nothing-to-do", state=state, seconds=0.0)
         with _executor(ws, repo, track, data_dir, make_executor) as executor:
             fp, parts = fingerprint(track, data_hash, executor.evaluator_hash)
+            record_derivation(ledger, track)
+            _say_what_changed(state, track, parts, view)
+            policy, calibration = noise_basis(ledger.records(), track, policy, fp, parts, view.note)
             bench = Bench(
                 search=name, seed=_seed(options, state), branch=branch, track=track, policy=policy,
                 fingerprint=fp, repo=repo, ledger=ledger, executor=executor, view=view, budget=budget, state=state,
-                mirror=lambda: publish_ref(ws.main, ws.ledger),
+                calibration=calibration, mirror=lambda: publish_ref(ws.main, ws.ledger),
             )
             return _drive(bench, options, parts, proposer, proposal)
+
+
+def _say_what_changed(state: SearchState, track: Track, parts: dict[str, str], view: View) -> None:
+    """A resumed search whose figures will not compare with its earlier ones says why, before it measures anew."""
+    if state.started:
+        last = state.started[-1]
+        changed = differences(last.fingerprint_parts, parts, (last.environment, environment(track)))
+        if changed:
+            view.note("earlier figures of this search do not compare with today's: " + "; ".join(changed)
+                      + ". The incumbent is measured anew")
 
 
 def search_name(name: str) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 from harness.bench import Bench, OnDone, infra_stop
 from harness.errors import UserError
 from harness.executor import RunDone, RunFailed, RunRequest, dev_point
-from harness.gate import noise
 from harness.gate.early import stops
 from harness.gate.policy import Policy
 from harness.gate.verdict import Converged, Facts, breadth_verdict, confirm_step, early_verdict
+from harness.noisebasis import noise_before
 from harness.recipe import parse_recipe
 from harness.state import TrialState
 from harness.tracks import Track
@@ -296,7 +296,7 @@ def breadth(bench: Bench, trial: TrialState, inc: Incumbent) -> bool:
     """The cheap look, on the dev slice; it can only veto. True when the trial goes on to confirm."""
     pairs = range(bench.policy.breadth_pairs)
     control = ensure_controls(bench, inc, "breadth", pairs)
-    prior = noise.pool_decided(bench.policy, history(bench))
+    prior = noise_before(bench.policy, history(bench), bench.calibration)
     stopped: list[EarlyStop] = []
     if not measure(bench, trial, inc, "breadth", pairs, stopped):
         if stopped and not trial.over:
@@ -317,7 +317,7 @@ def confirm(bench: Bench, trial: TrialState, inc: Incumbent) -> None:
     policy = bench.policy
     first = block_start(policy, controls(bench, inc, "confirm"), trial)
     ensure_controls(bench, inc, "confirm", range(first, first + min(policy.controls, policy.max_pairs)))
-    prior = noise.pool_decided(policy, history(bench))
+    prior = noise_before(policy, history(bench), bench.calibration)
     want = policy.looks[0]
     while True:
         # An idle worker runs the next pair ahead; the gate still looks at the pairs in their order.

@@ -122,9 +122,15 @@ def _finite(values: Sequence[float]) -> None:
             raise NoiseError(f"val_bpb = {v!r} in the noise pool; only finite figures are pooled")
 
 
-def pool_decided(policy: Policy, decided: Iterable[Decided], runs: Iterable[Sequence[float]] = ()) -> Noise:
-    """:func:`pool` over earlier verdicts that reached confirm. The caller passes one fingerprint only."""
-    groups: list[tuple[list[float], list[float]]] = []
+def pool_decided(
+    policy: Policy, decided: Iterable[Decided], runs: Iterable[Sequence[float]] = (),
+    pairs: Iterable[tuple[Sequence[float], Sequence[float]]] = (),
+) -> Noise:
+    """:func:`pool` over earlier verdicts that reached confirm, and ``pairs`` and ``runs`` as it takes them.
+
+    The caller passes one fingerprint only.
+    """
+    groups: list[tuple[Sequence[float], Sequence[float]]] = list(pairs)
     for d in decided:
         if d.stage != "confirm":
             continue

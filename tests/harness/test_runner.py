@@ -111,3 +111,17 @@ def test_events_written_before_this_process_are_not_read_again(tmp_path: Path) -
     events: list[dict[str, Any]] = []
     start(tmp_path, "open('events.jsonl','a').write('{\"kind\": \"new\"}\\n')", on_event=events.append)
     assert [e["kind"] for e in events] == ["new"]
+
+
+def test_a_run_is_given_up_when_its_watch_says_so(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def watch(event: dict[str, Any]) -> str:
+        seen.append(event.get("step"))
+        return "hopeless" if event.get("step") == 3 else ""
+
+    code = ("import json,time\nfor i in range(600):\n"
+            "    open('events.jsonl','a').write(json.dumps({'kind': 'dev', 'step': i}) + '\\n'); time.sleep(0.05)\n")
+    done = start(tmp_path, code, watch=watch)
+    assert (done.ended, done.why) == ("given-up", "hopeless")
+    assert 3 in seen and 599 not in seen

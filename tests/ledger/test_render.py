@@ -122,6 +122,23 @@ def test_every_event_has_a_line_of_words(records: list[Record]) -> None:
         assert line and "\n" not in line
 
 
+@pytest.mark.parametrize(("kind", "words"), [
+    ("track.derived", ["pocket-2x from pocket", "confirm_steps 120 -> 240", "does it last?"]),
+    ("transfer.measured", ["t1 transfers", "pocket to pocket-2x", "+0.0110 bpb", "+0.0090 to +0.0130", "2 pairs"]),
+    ("calibration.measured", ["pocket confirm", "sigma 0.0070 over 2 seeds", "0.0014", "0.90", "bit for bit"]),
+    ("panel.measured", ["pocket: 1 configuration", "60 steps 0.50"]),
+    ("timing.measured", ["+10.2%", "2 pairs of 10 steps"]),
+    ("honest.measured", ["extend", "-0.0050 bpb", "2 fresh seeds", "0.0150", "+0.0200 claimed"]),
+    ("revert.intent", ["2222222222", "1111111111", "reverted.honest"]),
+    ("trial.reverted", ["1111111111 taken back by 2222222222", "reverted.honest"]),
+    ("revert.void", ["2222222222 void", "the branch has moved"]),
+])
+def test_measurements_are_told_with_their_figures(records: list[Record], kind: str, words: list[str]) -> None:
+    line = summarise(msgspec.structs.replace(records[0], type=kind, body=EVERY[kind]))
+    assert all(word in line for word in words), line
+    assert "=" not in line and "_measured" not in line
+
+
 def test_dicts_are_json_and_whole(records: list[Record]) -> None:
     forest = json.loads(json.dumps(render.lineage_dict(lineage(records))))
     assert [(n["commit"], n["parent"]) for n in forest["nodes"]] == [(BASE, ""), (SHA, BASE)]
