@@ -13,7 +13,7 @@ from typing import NamedTuple
 from harness.errors import InfraError, UserError
 from harness.gitrepo import TRAILER_HEAD, TRAILER_TRIAL, Repo
 from harness.recipe import parse_recipe
-from harness.tracks import Track, fingerprint, get_track
+from harness.tracks import Track, declared_track, fingerprint
 from harness.transaction import PIN
 from harness.workspace import recipe_path
 from ledger.decode import Record
@@ -151,7 +151,7 @@ def _same_config(record: Record, body: TrialProposed, parent: dict[str, KnobValu
 
 def _track(start: SearchStarted | None) -> Track | None:
     try:
-        return get_track(start.track) if start else None
+        return declared_track(start.track) if start else None
     except UserError:
         return None
 
@@ -164,7 +164,7 @@ def _same_defaults(start: SearchStarted, track: Track) -> bool:
 
 @cache
 def _defaults(track: str) -> str:
-    return fingerprint(get_track(track), "", "")[1]["defaults"]
+    return fingerprint(declared_track(track), "", "")[1]["defaults"]
 
 
 def _resolved(track: Track, recipe: str | None) -> dict[str, KnobValue] | None:

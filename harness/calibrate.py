@@ -184,7 +184,8 @@ class Session:
 
     def _identity(self, request: RunRequest) -> dict[str, Any]:
         return {"code": self.code, "fingerprint": self.bench.fingerprint, "seed": request.seed, "split": request.split,
-                "max_tokens": request.max_tokens, "dev_every": request.dev_every, "knobs": dict(request.knobs)}
+                "max_tokens": request.max_tokens, "dev": [request.dev_every, request.dev_tokens],
+                "knobs": dict(request.knobs)}
 
     def keep(self, outcome: RunDone) -> None:
         """Put a finished run where :meth:`finished` finds it, outside every folder that a run may write to."""
@@ -310,12 +311,14 @@ class Outcome:
 
 
 def paid(session: Session, jobs: Sequence[Job], ask: Callable[[Cost], bool]) -> bool:
-    """Show the cost through ``ask``; whether to go on. Without any timed run the first job is made and timed."""
+    """Show the cost through ``ask``; whether to go on. Without any timed run the first ones are made and timed."""
     cost = session.cost(jobs)
     if cost is None:
-        session.bench.view.note("nothing has been timed under this fingerprint yet: one run is made to time it")
+        workers = session.bench.executor.workers  # as many as will run side by side: one alone would be faster
+        session.bench.view.note(f"nothing has been timed under this fingerprint yet: {workers} of the runs are made to "
+                                "time them")
         with session.attended():
-            refuse_failed(session.measure(jobs[:1])[1])
+            refuse_failed(session.measure(jobs[:workers])[1])
         cost = session.cost(jobs)
         assert cost is not None
     return not cost.left or ask(cost)
@@ -360,7 +363,8 @@ def run_calibration(
             return Outcome("stopped", sum(session.finished(j) is not None for j in jobs), len(jobs), track=track)
         refuse_failed(failures)
         body = calibration(session, jobs, found)
-        if body == calibration_for(session.bench.ledger.records(), body.fingerprint):
+        last = calibration_for(session.bench.ledger.records(), body.fingerprint)
+        if last and msgspec.structs.replace(last, commit=body.commit) == body:  # another commit of the same code
             return Outcome("known", len(jobs), len(jobs), body, track)
         record_derivation(session.bench.ledger, session.bench.track)
         session.bench.write("calibration.measured", body)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.tracks import Track
+from harness.tracks import Track, data_problem
 from harness.workspace import Workspace
 from trainer.data.build import build
 from trainer.data.errors import DataError
@@ -31,8 +31,7 @@ def ensure_data(ws: Workspace, track: Track, note: Callable[[str], None]) -> tup
     if track.data != EMBEDDED:
         folder = ws.data / track.data
         if not folder.is_dir():
-            raise UserError(f"track {track.name} needs data in {folder}, which does not exist; build it with "
-                            f"`autoresearch data build --from SOURCE --out {folder}`")
+            raise UserError(f"track {track.name} {data_problem(track, ws.data)}")
         manifest = load_manifest(folder)
         manifest.verify(folder, full=True)  # every byte: a damaged shard must not pass under the good fingerprint
         return folder, manifest.fingerprint

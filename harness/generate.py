@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.gate.policy import POLICY_FILE, Policy, Prior, load_policy
-from harness.tracks import Track, load_tracks
+from harness.tracks import Track, declared_track, load_tracks
 from harness.workspace import CODE_ROOT
 from trainer import contract
 from trainer.knobs import REGISTRY
@@ -72,7 +72,8 @@ def records() -> str:
 def policy() -> str:
     """The gate's policy fields: meaning, valid values, and each track's value."""
     names = [n for n in load_tracks() if n != "nano"]
-    loaded = {n: load_policy(n, POLICY_FILE) for n in ("default", *names)}
+    loaded = {"default": load_policy("default", POLICY_FILE)} | {
+        n: load_policy(declared_track(n).policy_track, POLICY_FILE) for n in names}
     rows = []
     for cls, prefix in ((Policy, ""), (Prior, "prior.")):
         for f in dataclasses.fields(cls):

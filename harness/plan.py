@@ -78,13 +78,13 @@ def run_time(
     whole = [(s, r) for s, r in runs if r.wall_seconds >= r.train_seconds and r.steps > 0]
     same = [r.wall_seconds for s, r in whole if s == stage and r.steps == steps]
     if same:
-        return RunTime(seconds=median(same), source=f"median of {len(same)} runs {where}")
+        return RunTime(seconds=median(same), source=f"median run time {where}, n = {len(same)}")
     if not whole:
         return None
     fixed = median(r.wall_seconds - r.train_seconds for _, r in whole)
     step = median(r.train_seconds / r.steps for _, r in whole)
     return RunTime(seconds=fixed + step * steps,
-                   source=f"scaled to {steps} steps from {len(whole)} runs of other lengths {where}")
+                   source=f"scaled to {steps} steps from other lengths {where}, n = {len(whole)}")
 
 
 def calibration_runs(seeds: int, edits: int) -> int:
@@ -359,8 +359,9 @@ def plan(
 ) -> Plan:
     """The plan from a ledger's records. ``left``: trials to decide; ``deadline``: unix seconds; None: not asked for."""
     from harness.calibrate import NEVER, stale
+    from harness.noisebasis import noise_basis
 
-    policy = load_policy(track.policy_track)
+    policy, _ = noise_basis(records, track, load_policy(track.policy_track), fp, parts, notes.append)
     times = {"preflight": preflight_time(records, fp, track),
              **{s: stage_time(records, fp, track, s, track.steps(s)) for s in STAGES}}
     gate = gate_rates(policy, *ledger_noise(policy, records, fp))

@@ -176,8 +176,8 @@ def _stack(repo: Repo, ledger: Ledger, name: str) -> Subject:
         raise UserError(f"{STACK}{name}: no such search; valid: {', '.join(known) or 'none yet'}")
     tip = repo.rev(f"refs/heads/search/{name}")
     if tip is None:
-        raise UserError(f"{STACK}{name}: branch search/{name} is not there; `autoresearch search --name {name}` says "
-                        "how to bring it back")
+        raise UserError(f"{STACK}{name}: branch search/{name} is not there; in a fresh clone `git branch search/{name} "
+                        f"origin/search/{name}` makes it, elsewhere `autoresearch search --name {name}` says how")
     subject, first = f"stack of {name}", state.started[0]
     source = declared_track(first.track, f"{subject} was judged on track")
     base = _recipe(repo, first.incumbent_commit, source, subject)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from harness.search import SearchOutcome
 from harness.state import SearchState
-from harness.tracks import get_track
+from harness.tracks import declared_track
 from harness.workspace import DEMO_DIR, Workspace, recipe_path
 from ledger.queries import lineage
 from ledger.render_lineage import lineage_tree
@@ -126,7 +126,7 @@ def _next_steps(ws: Workspace, outcome: SearchOutcome) -> Text:
     for what, command in rows:
         text.append(f"  {what:20s}", style="dim")
         text.append(f"{command}\n", style="default")
-    if get_track(track).meaningless:
+    if declared_track(track).meaningless:
         text.append(f"track {track} is for fault tests: its verdicts mean nothing\n", style="bold red")
     return text
 

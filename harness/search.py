@@ -33,7 +33,7 @@ from harness.stages import (
     preflight,
 )
 from harness.state import SearchState, TrialState, fold
-from harness.tracks import Track, differences, environment, fingerprint, get_track, record_derivation
+from harness.tracks import Track, data_problem, differences, environment, fingerprint, get_track, record_derivation
 from harness.transaction import commit_keep, revert_keep
 from harness.views import View
 from harness.workspace import Workspace, recipe_path, require_own_code
@@ -83,6 +83,8 @@ def run_search(
     """
     require_own_code(ws)
     track = get_track(options.track)
+    if problem := data_problem(track, ws.data):
+        raise UserError(f"--track {track.name}: {problem}")
     name = search_name(options.name or track.name)
     proposer, policy = make_proposer(options.agent, ws.kb), load_policy(track.policy_track)
     repo = open_repo(ws.root)

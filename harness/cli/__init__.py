@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from harness.cli import data, gate, ledger, promote, run, track
+from harness.cli import calibrate, data, gate, ledger, promote, run, track
 
 app = typer.Typer(
     name="autoresearch",
@@ -22,6 +22,8 @@ run.register(app)
 app.command(epilog=f"Example: {promote.EXAMPLE}")(promote.promote)
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
+for name in ("calibrate", "panel"):
+    gate.app.command(epilog=f"Example: autoresearch gate {name} --track pocket")(getattr(calibrate, name))
 app.add_typer(gate.app, name="gate")
 app.add_typer(track.app, name="track")
 

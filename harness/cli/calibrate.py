@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from harness.cli.common import JsonOption, PlainOption, WorkspaceOption, fail, guard, print_json, workspace
 from harness.errors import UserError
 from harness.output import say
-from harness.plan import DEFAULT_EDITS, DEFAULT_SEEDS
+from harness.plan import CALIBRATION_SHARE, DEFAULT_EDITS, DEFAULT_SEEDS
 
 if TYPE_CHECKING:
     from harness.calibrate import Outcome
@@ -98,6 +99,43 @@ def show_plan(ws: Workspace, options: SearchOptions, json_: bool) -> None:
         print_plan(found)
 
 
+def before_a_night(ws: Workspace, options: SearchOptions, view: View) -> None:
+    """Calibrate where that is missing or stale, and no dearer than a tenth of the time that the search has.
+
+    With fewer seeds if that makes it fit; said and left out if not. A stop leaves what is done for the next time.
+    """
+    from harness.calibrate import run_calibration
+    from harness.gate.correlation import calibration_for
+    from harness.plan import shrink, stage_time, todays_fingerprint
+    from harness.tracks import get_track
+    from ledger.store import Ledger
+
+    track = get_track(options.track)
+    if track.meaningless or options.deadline is None:
+        return
+    records = list(Ledger(ws.ledger).records()) if ws.ledger.is_file() else []
+    fp, _, _ = todays_fingerprint(ws, track)
+    if fp and calibration_for(records, fp):
+        return
+    night = options.deadline - time.time()
+    confirm = stage_time(records, fp, track, "confirm", track.confirm_steps).seconds
+    seeds, edits = shrink(night, confirm, track.workers)
+    if not seeds:
+        view.note("noise: not calibrated under this fingerprint, and that would take more than "
+                  f"{CALIBRATION_SHARE:.0%} of the time: the shipped scale serves")
+        return
+
+    def ask(cost: Cost) -> bool:
+        fits = cost.seconds <= CALIBRATION_SHARE * night
+        view.note(f"calibration first: {cost.words()}, {cost.seconds / night:.0%} of the time"
+                  + ("" if fits else "; too much, left out: the shipped noise scale serves"))
+        return fits
+
+    outcome = run_calibration(ws, track=options.track, name=options.name, seeds=seeds, edits=edits, view=view, ask=ask)
+    if outcome.ended == "stopped":
+        _finish(outcome, "calibration")
+
+
 def _steps(text: str) -> list[int] | None:
     """``30,60,90`` as numbers. Raises UserError."""
     if not text.strip():
@@ -138,7 +176,7 @@ def print_calibration(body: CalibrationMeasured, known: bool) -> None:
     """The figures, and what they mean for the gate."""
     from rich.table import Table
 
-    from harness.gate.correlation import LEVEL, sigma_interval
+    from harness.gate.correlation import LEVEL, shared_df, sigma_interval
     from harness.gate.policy import load_policy
     from harness.panel import label
     from harness.report import console
@@ -147,9 +185,9 @@ def print_calibration(body: CalibrationMeasured, known: bool) -> None:
     out, track = console(), declared_track(body.track)
     policy = load_policy(track.policy_track)
 
-    def spread(sigma: float, df: int) -> str:
+    def spread(sigma: float, df: float) -> str:
         low, high = sigma_interval(sigma, df)
-        return f"{sigma:.5f} bpb   ({LEVEL:.0%} interval {low:.5f} to {high:.5f}; {df} degrees of freedom)"
+        return f"{sigma:.5f} bpb   ({LEVEL:.0%} interval {low:.5f} to {high:.5f}; {df:.3g} degrees of freedom)"
 
     n = len(body.values)
     table = Table.grid(padding=(0, 2))
@@ -159,9 +197,9 @@ def print_calibration(body: CalibrationMeasured, known: bool) -> None:
     for edit in body.edits:
         table.add_row(f"difference {label(edit.change)}", f"{spread(edit.sigma_d, len(edit.differences) - 1)}   mean "
                       f"{sum(edit.differences) / len(edit.differences):+.5f}")
-    table.add_row("differences, pooled", spread(body.sigma_d, sum(len(e.differences) - 1 for e in body.edits)))
-    table.add_row("same-seed correlation", f"{body.correlation:.3f}   ({LEVEL:.0%} interval {body.correlation_low:.3f} "
-                                           f"to {body.correlation_high:.3f})")
+    table.add_row("differences, pooled", spread(body.sigma_d, shared_df(n, len(body.edits))))
+    table.add_row("same-seed correlation", f"{body.correlation:.4f}   ({LEVEL:.0%} interval {body.correlation_low:.4f} "
+                                           f"to {body.correlation_high:.4f})")
     table.add_row("step time", f"standard deviation {body.step_ms_spread_pct:.1f}% of the mean, equal code "
                                f"(taken for noise by the gate: {policy.time_deadband_pct:g}%)")
     table.add_row("artifact", f"{body.bytes_spread:,} bytes between the smallest and the largest seed")
@@ -258,7 +296,7 @@ def print_plan(plan: Plan) -> None:
     table.add_row("calibration", "present" if not c.why else f"{c.status} ({c.why}): {c.runs} runs, "
                   f"{c.seconds / 60:.1f} minutes, {c.share:.1%} of the night. {c.advice}")
     for name, each in plan.times.items():
-        table.add_row(f"{name} run", f"{each.seconds:.1f} s   {'' if each.measured else 'NOT MEASURED HERE: '}"
+        table.add_row(f"{name} run", f"{each.seconds:.1f} s   {'' if each.measured else 'ESTIMATE, '}"
                                      f"{each.source}")
     table.add_row("trials that fit", f"{held.trials:.0f}   ({held.trial_s:.0f} s each, {held.first_s:.0f} s at the "
                                      f"start, {held.keep_s:.0f} s after a keep; ended by {held.limit})")

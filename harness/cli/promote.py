@@ -79,6 +79,7 @@ def print_transfer(found: Transfer) -> None:
 
 def words(found: Transfer) -> list[str]:
     """What the measurement says, one line each."""
+    from harness.tracks import declared_track
     from ledger.trials import total_bytes
 
     r = found.record
@@ -97,6 +98,8 @@ def words(found: Transfer) -> list[str]:
     largest = max(map(total_bytes, found.runs.get("candidate", ())), default=0)
     if largest > found.cap_bytes:
         lines.append(f"the candidate's artifact is over the cap there: {largest:,} of {found.cap_bytes:,} bytes")
+    if declared_track(r.track).meaningless:
+        lines.append(f"track {r.track} is for fault tests: its verdicts mean nothing")
     if found.known:
         lines.append("measured before: this is the ledger's record, nothing was run")
     return lines

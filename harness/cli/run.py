@@ -21,7 +21,9 @@ from harness.cli.common import (
 )
 from harness.errors import UserError
 
-TrackOption = Annotated[str, typer.Option("--track", "-t", help="Measurement protocol: pocket, nano.")]
+TrackOption = Annotated[
+    str, typer.Option("--track", "-t", help="Measurement protocol (see `autoresearch track list`).")
+]
 NameOption = Annotated[
     str, typer.Option("--name", help="Name of the search (its branch is search/NAME). Default: the track's.")
 ]
@@ -91,10 +93,19 @@ def search(
     agent: Annotated[str, typer.Option("--agent", help="Who proposes: garden.")] = "garden",
     name: NameOption = "",
     seed: SeedOption = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Spend nothing: say what fits, what it costs, what it can show.")
+    ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Before a night (--hours, --until): measure the noise "
+                           "first where that is not done yet and takes at most a tenth of it.")
+    ] = True,
+    json_: JsonOption = False,
     plain: PlainOption = False,
     where: WorkspaceOption = None,
 ) -> None:
     """The unattended loop: starts, resumes, stops cleanly (Ctrl-C once: after this run; twice: now)."""
+    from harness.cli.calibrate import before_a_night, show_plan
     from harness.report import print_search
     from harness.search import SearchOptions, run_search
     from harness.views import make_view
@@ -103,6 +114,13 @@ def search(
     ws = workspace(where)
     options = SearchOptions(track=track, name=name, seed=seed, agent=agent, trials=trials, deadline=end,
                             why_deadline=why)
+    if plan:
+        show_plan(ws, options, json_)
+        return
+    if json_:
+        raise UserError("--json: only with --plan; what a search did is in `autoresearch ledger show --json`")
+    if calibrate and end is not None:
+        before_a_night(ws, options, make_view(plain))
     outcome = run_search(ws, options, make_view(plain))
     print_search(ws, outcome)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.gate.noise import Noise, NoiseError, pool, shipped
+from harness.gate.noise import Noise, NoiseError, pool_decided, shipped
 from harness.gate.policy import Policy
 from ledger.records import CalibrationMeasured, Decided, TrialProposed
 
@@ -92,6 +92,15 @@ def pooled_sigma(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     if df == 0:
         raise NoiseError("no group of two figures or more: there is no spread to pool")
     return math.sqrt(squares / df), df
+
+
+def shared_df(seeds: int, edits: int) -> float:
+    """Degrees of freedom of sigma_d pooled over ``edits`` that all run against one incumbent on the same seeds.
+
+    Fewer than edits * (seeds - 1): differences that share the incumbent's run correlate by 1/2 where all runs are
+    equally noisy, so the variances around them by 1/4 (Satterthwaite: 2 E^2 / Var of the pooled variance).
+    """
+    return edits * (seeds - 1) / (1.0 + (edits - 1) / 4.0)
 
 
 def sigma_interval(sigma: float, df: float, level: float = LEVEL) -> tuple[float, float]:
@@ -215,23 +224,19 @@ def noise_inputs(
 
 
 def ledger_noise(policy: Policy, records: Sequence[Any], fingerprint: str) -> tuple[Noise, str]:
-    """(noise pool, where it is from): verdicts and calibration under ``fingerprint``, else the shipped scale alone."""
+    """(noise pool, where it is from): verdicts and calibration under ``fingerprint``, else the policy's prior alone."""
     ours: set[tuple[str, str]] = set()
-    pairs: list[tuple[list[float], list[float]]] = []
+    decided: list[Decided] = []
     for r in records:
         if isinstance(r.body, TrialProposed) and r.body.fingerprint == fingerprint:
             ours.add((r.search, r.trial))
         elif isinstance(r.body, Decided) and r.body.stage == "confirm" and (r.search, r.trial) in ours:
-            control = {(c.k, c.seed): c.val_bpb for c in r.body.control}
-            both = [(control[x.k, x.seed], x.val_bpb) for x in r.body.candidate if (x.k, x.seed) in control]
-            if len(both) > 1:
-                pairs.append(([a for a, _ in both], [b for _, b in both]))
-    parts = [f"{len(pairs)} verdict{'s' if len(pairs) != 1 else ''}"] if pairs else []
-    calibration, runs = calibration_for(records, fingerprint), []
-    if calibration:
-        more, runs = noise_inputs(calibration)
-        pairs += more
-        parts.append(f"a calibration of {len(more)} edits")
+            decided.append(r.body)
+    calibration = calibration_for(records, fingerprint)
+    pairs, runs = noise_inputs(calibration) if calibration else ([], [])
+    parts = [f"{len(decided)} verdict{'s' if len(decided) != 1 else ''}"] if decided else []
+    parts += [f"a calibration of {len(pairs)} edit{'s' if len(pairs) != 1 else ''}"] if calibration else []
     if not parts:
-        return shipped(policy), f"nothing measured under this fingerprint: the shipped scale ({policy.prior.source})"
-    return pool(policy, pairs, runs), " and ".join(parts) + " under this fingerprint, joined with the shipped scale"
+        return shipped(policy), f"nothing measured under this fingerprint, so the scale of: {policy.prior.source}"
+    words = " and ".join(parts) + " under this fingerprint, joined with the scale of: " + policy.prior.source
+    return pool_decided(policy, decided, runs, pairs), words

@@ -10,10 +10,11 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, variance
 
 import numpy as np
 
+from harness.gate.correlation import noise_inputs, pooled_sigma
 from harness.gate.noise import Noise, form, pool_decided, shipped
 from harness.gate.policy import Policy
 from harness.gate.simulate import (
@@ -30,7 +31,7 @@ from harness.gate.simulate import (
     sequential,
     typical_sigma,
 )
-from ledger.records import Decided
+from ledger.records import CalibrationMeasured, Decided
 
 ENOUGH_TRIALS = 6  # confirm verdicts of one fingerprint from which the ledger's own noise is used
 
@@ -66,33 +67,40 @@ class Basis:
     effects: tuple[float, ...] = ()  # gains that the ledger's trials measured, shrunk towards their mean, bpb
 
 
-def basis(policy: Policy, decided: Sequence[Decided] = ()) -> Basis:
-    """The ledger's own noise and effects when ``decided`` (one fingerprint) has enough verdicts, else the shipped.
+def basis(
+    policy: Policy, decided: Sequence[Decided] = (), calibration: CalibrationMeasured | None = None,
+) -> Basis:
+    """The ledger's own noise when a calibration or enough verdicts of one fingerprint are there, else the shipped.
 
     The simulated edits' median sigma follows from the pooled variance: a log-normal of spread s has root mean square
-    exp(s^2) times its median. Effects are shrunk towards their mean by empirical Bayes: tau^2 / (tau^2 + se^2).
+    exp(s^2) times its median. The verdicts' effects, if there are enough, are shrunk towards their mean by empirical
+    Bayes: tau^2 / (tau^2 + se^2).
     """
     found = [(pairs, d) for d in decided if len(pairs := _pairs(d)) >= 2]
-    if len(found) < ENOUGH_TRIALS:
+    more, runs = noise_inputs(calibration) if calibration else ([], [])
+    enough = len(found) >= ENOUGH_TRIALS
+    if not enough and not more:
         words = f"the policy's shipped noise ({policy.prior.source})"
         if decided:
             words += f"; the ledger has {len(found)} of the {ENOUGH_TRIALS} confirm verdicts that its own would need"
         return Basis(policy=policy, noise=shipped(policy), source="shipped", words=words, trials=len(found))
-    dof = sum(len(p) - 1 for p, _ in found)
-    gains = [[c - x for c, x in p] for p, _ in found]
-    squares = sum(_squares(g) for g in gains)
-    run_squares = sum((_squares([c for c, _ in p]) + _squares([x for _, x in p])) / 2.0 for p, _ in found)
+    sides = [([c for c, _ in p], [x for _, x in p]) for p, _ in found] + [(list(c), list(x)) for c, x in more]
+    gains = [[a - b for a, b in zip(c, x, strict=True)] for c, x in sides]
     tiny = 1e-6  # bpb: bit-identical runs have no spread, and a scale of 0 no logarithm
-    rms = max(math.sqrt(squares / dof), tiny)
-    prior = dataclasses.replace(
-        policy.prior, sigma_d=rms * math.exp(-policy.prior.spread**2),
-        sigma_run=max(math.sqrt(run_squares / dof), rms / 2.0))
-    noise = pool_decided(policy, [d for _, d in found])
-    words = (f"the ledger's own noise: {len(found)} confirm verdicts of one fingerprint, {dof} degrees of freedom, "
-             f"pooled sigma_d {rms:.5f} (median {prior.sigma_d:.5f}), sigma_run {prior.sigma_run:.5f}; "
-             f"the gate starts from sigma_d {noise.sigma_d:.5f}")
+    pooled_d, dof = pooled_sigma(gains)
+    rms = max(pooled_d, tiny)
+    spread_run = pooled_sigma([side for both in sides for side in both])[0]
+    prior = dataclasses.replace(policy.prior, sigma_d=rms * math.exp(-policy.prior.spread**2),
+                                sigma_run=max(spread_run, rms / 2.0))
+    noise = pool_decided(policy, [d for _, d in found], runs, more)
+    parts = [f"{len(found)} confirm verdicts"] if found else []
+    parts += [f"a calibration of {len(more)} edits"] if more else []
+    words = (f"the ledger's own: {' and '.join(parts)} of one fingerprint, {dof} degrees of freedom, pooled sigma_d "
+             f"{rms:.5f} (median {prior.sigma_d:.5f}), sigma_run {prior.sigma_run:.5f}; the gate starts from sigma_d "
+             f"{noise.sigma_d:.5f}")
+    effects = _shrunk([fmean(g) for g in gains[:len(found)]], [rms**2 / len(g) for g in gains[:len(found)]])
     return Basis(policy=dataclasses.replace(policy, prior=prior), noise=noise, source="ledger", words=words,
-                 trials=len(found), effects=_shrunk([fmean(g) for g in gains], [rms**2 / len(g) for g in gains]))
+                 trials=len(found), effects=effects if enough else ())
 
 
 def _pairs(decided: Decided) -> list[tuple[float, float]]:
@@ -103,15 +111,11 @@ def _pairs(decided: Decided) -> list[tuple[float, float]]:
     return [(control[r.k, r.seed], r.val_bpb) for r in decided.candidate if (r.k, r.seed) in control]
 
 
-def _squares(values: Sequence[float]) -> float:
-    mean = fmean(values)
-    return math.fsum((v - mean) ** 2 for v in values)
-
-
 def _shrunk(effects: Sequence[float], variances: Sequence[float]) -> tuple[float, ...]:
-    """Effects drawn towards their mean, the noisier the more."""
-    mean = fmean(effects)
-    tau2 = max(0.0, _squares(effects) / (len(effects) - 1) - fmean(variances))
+    """Effects drawn towards their mean, the noisier the more. Fewer than two are left as they are."""
+    if len(effects) < 2:
+        return tuple(effects)
+    mean, tau2 = fmean(effects), max(0.0, variance(effects) - fmean(variances))
     return tuple(mean + (e - mean) * (tau2 / (tau2 + v) if tau2 + v > 0.0 else 0.0)
                  for e, v in zip(effects, variances, strict=True))
 
@@ -201,7 +205,7 @@ def design(
     basis: Basis, gain: float, *, targets: Targets = TARGETS, grid: Grid | None = None, costs: Costs | None = None,
     trials: int = 10_000, seed: int = 0, best: int = 24,
 ) -> list[Choice]:
-    """The ``best`` of all combinations and today's policy; those that meet the targets first, the cheapest before others.
+    """The ``best`` of all combinations and today's policy; those that meet the targets first, the cheapest ahead.
 
     Cheap = confirm-run lengths spent for each true gain kept, when 1 proposal in 10 is a true gain of ``gain`` bpb
     and the others change nothing. What a keep costs afterwards is the same for all and left out. All combinations
@@ -213,6 +217,14 @@ def design(
     chosen = [p for p, _ in rough[:best]] + [p for p, _ in rough[best:] if p == today]
     again = _rank(basis, chosen, gain, targets, None, costs, 10 * trials, seed + 1)
     return [choice for _, choice in again]
+
+
+def achieved(
+    basis: Basis, gain: float, *, targets: Targets = TARGETS, costs: Costs | None = None, trials: int = 100_000,
+    seed: int = 0,
+) -> Choice:
+    """Today's policy by the same measures."""
+    return _rank(basis, [basis.policy], gain, targets, None, costs or Costs(), trials, seed)[0][1]
 
 
 def _rank(
@@ -264,3 +276,28 @@ def _choice(
         breadth_veto_sigmas=p.breadth_veto_sigmas, null_keep=null, edge_keep=edge, power=power, power_spread=spread,
         power_runs=runs[2], reach=reach_gain, false_share=false, cost=cost,
         cost_per_keep=cost / kept if kept > 0.0 else math.inf, meets=meets, today=today)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One target, in words, with what was achieved, and whether that meets it."""
+
+    words: str
+    value: float
+    met: bool
+
+
+def goals(now: Choice, targets: Targets = TARGETS) -> list[Goal]:
+    """The per-trial targets held against a policy."""
+    t, edge = targets, targets.alpha_slack * now.alpha
+    return [
+        Goal(f"P(keep) at the target gain {now.power:.1%}, at least {t.power:.0%} wanted (edits of typical noise, "
+             f"confirm reached; over the spread of noise {now.power_spread:.1%})", now.power, now.power >= t.power),
+        Goal(f"candidate confirm runs there {now.power_runs:.2f}, at most {t.runs:g} wanted", now.power_runs,
+             now.power_runs <= t.runs),
+        Goal(f"false keeps {now.false_share:.1%} of keeps, at most {t.false_share:.0%} wanted (1 proposal in 10 is a "
+             "gain of that size, the others change nothing)", now.false_share, now.false_share <= t.false_share),
+        Goal(f"P(keep) at a gain equal to materiality {now.edge_keep:.2%}, at most {edge:.2%} wanted (alpha "
+             f"{now.alpha:g}, and the {t.alpha_slack - 1.0:.0%} of it that an estimated sigma may cost)", now.edge_keep,
+             now.edge_keep <= edge),
+    ]

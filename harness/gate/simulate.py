@@ -50,16 +50,16 @@ class Mix:
     name: str
     true_share: float = TRUE_SHARE
     gain: float = 2.0
-    harm_share: float = 0.1  # of the proposals that are no gain: these lose as much as a gain gains
+    harm_share: float = 0.1  # of the proposals that are no gain: these lose
+    harm: float = 1.0  # size of a harm over that of a gain
     spread: bool = False  # sizes are exponential, not all equal
 
     @property
     def words(self) -> str:
         """The mix in words."""
-        size = f"{self.gain:g} sigma" + (" on average (exponential)" if self.spread else "")
-        rest = 1.0 - self.true_share
-        return (f"{self.true_share:.0%} true gains of {size}, {rest * self.harm_share:.0%} harms as large, "
-                f"{rest * (1.0 - self.harm_share):.0%} without any effect")
+        mean, rest = (" on average" if self.spread else ""), 1.0 - self.true_share
+        return (f"{self.true_share:.0%} true gains of {self.gain:g} sigma{mean}, {rest * self.harm_share:.0%} harms of "
+                f"{self.gain * self.harm:g} sigma{mean}, {rest * (1.0 - self.harm_share):.0%} without any effect")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,7 @@ class Costs:
     confirm_seconds: float = 180.0
     budget: float = 160.0  # confirm runs: 8 hours at 180 s each
     breadth: float = 0.6  # a breadth run
+    short: float = 0.1  # a run of a few steps: two for a preflight, two for each timing pair before a keep
     workers: int = 1  # an idle worker runs the next pair ahead, as the loop does
 
     def hours(self, runs: float) -> float:
@@ -119,7 +120,7 @@ class Sums:
 
 
 class TwoSample:
-    """Unpaired runs: ``control`` [trials, controls at the last look], ``candidate`` [trials, pairs]. An ``Estimate``."""
+    """Unpaired runs (an ``Estimate``): ``control`` [trials, controls at the last look], ``candidate`` [trials, n]."""
 
     def __init__(self, policy: Policy, control: Sums, candidate: Sums) -> None:
         self.trials, self.policy, self.control, self.candidate = candidate.trials, policy, control, candidate
@@ -336,12 +337,12 @@ def propose(
     u = rng.random(shape)
     size = mix.gain * sigma * (rng.exponential(size=shape) if mix.spread else np.ones(shape))
     harmful = u > 1.0 - (1.0 - mix.true_share) * mix.harm_share
-    gain = np.where(u < mix.true_share, size, np.where(harmful, -size, 0.0))
+    gain = np.where(u < mix.true_share, size, np.where(harmful, -mix.harm * size, 0.0))
     breadth = gain + world.disagreement * sigma * rng.standard_normal(shape)
     return Proposals(gain=gain, breadth=breadth, sigma=edit_sigmas(policy, nights * count, rng).reshape(shape))
 
 
-def kendall(proposals: Proposals, *, sample: int = 1500) -> float:
+def breadth_tau(proposals: Proposals, *, sample: int = 1500) -> float:
     """Kendall's tau between true effects at confirm and at breadth, over pairs that differ at confirm."""
     a, b = proposals.gain.ravel()[:sample], proposals.breadth.ravel()[:sample]
     order = np.sign(a[:, None] - a) * np.sign(b[:, None] - b)

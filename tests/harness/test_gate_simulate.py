@@ -1,23 +1,55 @@
-"""Error rates: simulation against the verdict itself, against alpha, and against the field's usual loop."""
+"""Error rates: simulation against the verdict itself, against alpha, and against laws; the search for a policy."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
+import msgspec
 import numpy as np
 import pytest
 
 from harness.gate.boundaries import efficacy
-from harness.gate.design import design
-from harness.gate.greedy import greedy
-from harness.gate.noise import Noise, shipped
-from harness.gate.policy import Policy, load_policy
-from harness.gate.simulate import bank_spread, draw, false_share, judge, judge_two_sample, rates, summary
-from harness.gate.verdict import Facts, confirm_step
-from tests.harness.gate_figures import CAP, POLICY, sides
+from harness.gate.design import (
+    ENOUGH_TRIALS,
+    TARGETS,
+    Grid,
+    Targets,
+    achieved,
+    basis,
+    design,
+    goals,
+    own_effects,
+    target_gain,
+)
+from harness.gate.noise import Noise, pool_decided, shipped
+from harness.gate.policy import load_policy, tracks
+from harness.gate.simulate import (
+    Costs,
+    Mix,
+    Proposals,
+    Sums,
+    World,
+    bank_spread,
+    breadth_passes,
+    breadth_tau,
+    draw,
+    false_share,
+    judge,
+    judge_two_sample,
+    propose,
+    rates,
+    reach,
+    sequential,
+    summary,
+)
+from harness.gate.verdict import Facts, breadth_verdict, confirm_step
+from ledger.records import CalibrationMeasured, Decided
+from tests.harness.gate_figures import CAP, POLICY, gains, sides
 
 FREE = dataclasses.replace(POLICY, price_mb=0.0, price_time=0.0)
+NARROW = Grid(looks=((2, 3, 4), (2, 4, 6, 8)), alphas=(0.01, 0.4), spendings=("power-1.5",), shrink_dfs=(2.0,),
+              futilities=(0.1,), vetoes=(1.0,))
 UNPAIRED = Noise(sigma_d=0.02, df=20.0, sigma_run=0.01, run_df=20.0)
 
 
@@ -76,30 +108,12 @@ def test_normal_boundaries_with_an_estimated_sigma_would_lie() -> None:
     assert naive.mean() > 8 * alpha
 
 
-@pytest.mark.parametrize("track", ["pocket", "gpu-proxy", "h100-1x", "record-8x", "default"])
+@pytest.mark.parametrize("track", ["default", *(t for t in tracks() if not load_policy(t).for_tests_only)])
 def test_shipped_policies_hold_alpha_over_their_spread_of_noise(track: str) -> None:
     policy = load_policy(track)
     for gain in (0.0, policy.materiality_bpb):
         r = rates(policy, gain, trials=50_000, seed=4)
         assert r.p_keep <= policy.alpha + 4 * r.mc_error
-
-
-def test_pocket_meets_its_goals() -> None:
-    """False keeps under 5% of keeps at 1 true gain in 10; P(keep) >= 90% at 0.02 for typical noise."""
-    pocket = load_policy("pocket")
-    null = rates(pocket, 0.0, trials=50_000, seed=1)
-    for gain in (0.01, 0.02):
-        assert false_share(null.p_keep, rates(pocket, gain, trials=20_000, seed=2).p_keep) < 0.05
-    assert rates(pocket, 0.02, trials=20_000, seed=3, sigma=0.004).p_keep >= 0.9
-    assert rates(pocket, 0.0365, trials=20_000, seed=4, sigma=0.0008).p_keep >= 0.99
-
-
-def test_gpu_proxy_meets_the_targets_of_the_design() -> None:
-    """P(keep) >= 90% at 2 sigma for at most 6 runs; false keeps under 5% of keeps."""
-    s = summary(load_policy("gpu-proxy"), 0.004, trials=30_000, sigma=None)
-    two = s.powers[1]
-    assert two.p_keep >= 0.9 and two.runs <= 6.0
-    assert false_share(s.null.p_keep, two.p_keep) <= 0.05
 
 
 def test_power_grows_with_the_gain_and_a_loss_is_hardly_ever_kept() -> None:
@@ -121,40 +135,6 @@ def test_a_shared_bank_correlates_errors_but_not_their_mean() -> None:
     assert shared["p95"] > 1.5 * alone["p95"]
 
 
-def test_pure_noise_proposals_greedy_against_the_gate() -> None:
-    """The field's defect: on proposals that change nothing, the loop that keeps what looks better, keeps."""
-    pocket = load_policy("pocket")
-    loop = greedy(pocket, 0.0, true_share=0.0, proposals=40, nights=1000, seed=8)
-    assert loop.keeps > 2.5 and loop.false_share == 1.0
-    assert loop.true == 0.0 and loop.claimed > 1.5 * pocket.prior.sigma_run, "a gain that does not exist"
-    night = bank_spread(pocket, banks=1000, per_bank=40, seed=8)
-    assert 40 * night["mean"] < 0.2, "expected false keeps a night"
-
-
-def test_greedy_keeps_are_mostly_false_and_overclaim_at_one_true_gain_in_ten() -> None:
-    pocket: Policy = load_policy("pocket")
-    loop = greedy(pocket, 0.01, seed=9)
-    ours = false_share(rates(pocket, 0.0, trials=50_000).p_keep, rates(pocket, 0.01, trials=20_000).p_keep)
-    assert loop.false_share > 0.26 > 5 * ours
-    assert loop.claimed > loop.true
-
-
-def test_greedy_record_scores_follow_the_harmonic_law() -> None:
-    """On exchangeable noise the n-th run beats all before it with chance 1/n: keeps = sum of 1/n, n = 2..N+1."""
-    loop = greedy(POLICY, 0.0, true_share=0.0, proposals=20, nights=4000, seed=10)
-    # a tenth of the proposals lose `gain` = 0 here, so all are exchangeable
-    assert loop.keeps == pytest.approx(sum(1 / n for n in range(2, 22)), rel=0.03)
-
-
-def test_design_puts_what_meets_the_targets_first_and_cheapest() -> None:
-    choices = design(POLICY, 0.02, alphas=(0.01, 0.4), trials=4000)
-    good = [c for c in choices if c.meets]
-    assert good and choices[: len(good)] == good
-    assert [c.runs for c in good] == sorted(c.runs for c in good)
-    assert all(c.false_share <= 0.05 and c.power >= 0.9 for c in good)
-    assert not any(c.meets for c in choices if c.alpha == 0.4)
-
-
 @pytest.mark.parametrize(("null", "gain", "share"), [
     (0.005, 0.9, 0.0476190), (0.0, 0.5, 0.0), (0.0, 0.0, 0.0), (0.1, 0.9, 0.5),
 ])
@@ -164,3 +144,159 @@ def test_false_share_is_bayes(null: float, gain: float, share: float) -> None:
 
 def test_same_seed_same_rates() -> None:
     assert rates(POLICY, 0.01, trials=2000, seed=3) == rates(POLICY, 0.01, trials=2000, seed=3)
+
+
+def test_running_sums_give_every_trials_mean_and_squares() -> None:
+    rng = np.random.default_rng(20)
+    values, n = rng.standard_normal((50, 6)) + 3.0, rng.integers(1, 7, 50)
+    mean, squares = Sums(values).each(n)
+    for i in range(50):
+        assert mean[i] == pytest.approx(values[i, : n[i]].mean())
+        assert squares[i] == pytest.approx(((values[i, : n[i]] - values[i, : n[i]].mean()) ** 2).sum(), abs=1e-12)
+
+
+def test_every_trial_may_start_from_its_own_pool() -> None:
+    rng = np.random.default_rng(21)
+    d = draw(FREE, 0.008, 200, rng)
+    sigma, df = rng.uniform(0.002, 0.01, 200), rng.choice([1.0, 2.0, 3.0], 200)
+    kept, used = sequential(FREE, "paired", sigma, df, 200, Sums(d))
+    for i in range(200):
+        one = sequential(FREE, "paired", float(sigma[i]), float(df[i]), 1, Sums(d[i : i + 1]))
+        assert (kept[i], used[i]) == (one[0][0], one[1][0])
+
+
+def test_the_simulated_veto_is_the_veto() -> None:
+    rng = np.random.default_rng(22)
+    policy = dataclasses.replace(POLICY, breadth_pairs=3, breadth_veto_sigmas=0.7)
+    noise = dataclasses.replace(shipped(policy), sigma_d=0.006)
+    d = 0.006 * rng.standard_normal((200, 3))
+    passed = breadth_passes(policy, noise.sigma_d, min(policy.shrink_df, noise.df), d)
+    assert 0.5 < passed.mean() < 0.95
+    for i in range(200):
+        assert (breadth_verdict(policy, *gains(list(d[i])), noise).decision == "promote") == passed[i]
+
+
+def test_breadth_promotes_the_more_the_better_the_edit_and_never_vetoes_without_a_threshold() -> None:
+    p = [reach(POLICY, g, trials=20_000, seed=23) for g in (-0.02, -0.004, 0.0, 0.004, 0.02)]
+    assert p == sorted(p) and p[0] < 0.2 and p[-1] > 0.95
+    assert reach(dataclasses.replace(POLICY, breadth_veto_sigmas=100.0), -0.01, trials=20_000) > 0.999
+    blind = World(disagreement=50.0)
+    assert abs(reach(POLICY, 0.02, world=blind, seed=1) - reach(POLICY, -0.02, world=blind, seed=1)) < 0.1
+
+
+def test_tau_of_breadth_is_that_of_the_normal_law() -> None:
+    """Kendall's tau of a bivariate normal pair is 2 / pi asin(rho)."""
+    rng = np.random.default_rng(24)
+    truth = rng.standard_normal((1, 4000))
+    seen = truth + 0.8 * rng.standard_normal((1, 4000))
+    want = 2.0 / math.pi * math.asin(1.0 / math.hypot(1.0, 0.8))
+    assert breadth_tau(Proposals(gain=truth, breadth=seen, sigma=truth), sample=4000) == pytest.approx(want, abs=0.02)
+
+
+def test_breadth_ranks_the_usual_mixes_as_a_measured_panel_did() -> None:
+    for mix in (Mix(name="plain"), Mix(name="harsh", harm_share=0.5)):
+        tau = breadth_tau(propose(POLICY, mix, Costs(), nights=50, seed=25), sample=4000)
+        assert 0.5 < tau < 0.68
+
+
+@pytest.mark.parametrize("mix", [
+    Mix(name="plain"), Mix(name="harsh", harm_share=0.5), Mix(name="spread", spread=True, gain=3.0),
+    Mix(name="wear", spread=True, harm_share=1.0, harm=0.25, true_share=0.2),
+])
+def test_a_mix_is_what_it_says(mix: Mix) -> None:
+    p = propose(POLICY, mix, Costs(), nights=1000, seed=26)
+    sigma, n = POLICY.prior.sigma_d, p.gain.size
+    rest = 1.0 - mix.true_share
+    assert (p.gain > 0).mean() == pytest.approx(mix.true_share, abs=5 / math.sqrt(n))
+    assert (p.gain < 0).mean() == pytest.approx(rest * mix.harm_share, abs=5 / math.sqrt(n))
+    assert p.gain[p.gain > 0].mean() == pytest.approx(mix.gain * sigma, rel=0.03)
+    assert p.gain[p.gain < 0].mean() == pytest.approx(-mix.gain * mix.harm * sigma, rel=0.03)
+    assert np.median(p.sigma) == pytest.approx(sigma, rel=0.02)
+    assert f"{mix.true_share:.0%} true gains of {mix.gain:g} sigma" in mix.words
+
+
+def test_design_puts_what_meets_the_targets_first_and_cheapest() -> None:
+    choices = design(basis(POLICY), 0.012, grid=NARROW, trials=2000)
+    good = [c for c in choices if c.meets]
+    assert good and choices[: len(good)] == good
+    assert [c.cost_per_keep for c in good] == sorted(c.cost_per_keep for c in good)
+    assert all(c.false_share <= TARGETS.false_share and c.power >= TARGETS.power and c.power_runs <= TARGETS.runs
+               for c in good)
+    assert not any(c.meets for c in choices if c.alpha == 0.4)
+    (today,) = [c for c in choices if c.today]
+    assert (today.looks, today.alpha, today.spending) == (POLICY.looks, POLICY.alpha, POLICY.spending)
+
+
+def test_design_can_fail_every_policy() -> None:
+    assert not any(c.meets for c in design(basis(POLICY), 0.0021, grid=NARROW, trials=1000))
+
+
+def test_what_a_policy_achieves_is_what_rates_say() -> None:
+    got = achieved(basis(POLICY), 0.012, trials=50_000)
+    want = rates(POLICY, 0.012, trials=50_000, seed=9, sigma=POLICY.prior.sigma_d)
+    assert got.power == pytest.approx(want.p_keep, abs=5 * want.mc_error + 0.002)
+    assert got.power_runs == pytest.approx(want.runs, abs=0.03)
+    words = goals(got)
+    assert [g.met for g in words] == [got.power >= 0.9, got.power_runs <= 6.0, got.false_share <= 0.05, True]
+    assert [g.met for g in goals(got, Targets(power=1.01, runs=0.5, false_share=0.0, alpha_slack=0.0))] == [False] * 4
+
+
+def test_two_sample_policies_are_designed_too() -> None:
+    unpaired = dataclasses.replace(POLICY, prior=dataclasses.replace(POLICY.prior, sigma_d=0.0014, sigma_run=0.001))
+    choices = design(basis(unpaired), 0.004, grid=NARROW, trials=1000)
+    assert any(c.meets for c in choices) and target_gain(unpaired) == 0.002
+
+
+def _verdicts(differences: list[list[float]]) -> list[Decided]:
+    done: list[Decided] = []
+    for d in differences:
+        done.append(confirm_step(FREE, *gains(d), pool_decided(FREE, done), Facts(cap_bytes=CAP)))
+    return done
+
+
+def test_the_ledgers_own_noise_is_used_when_there_is_enough_of_it() -> None:
+    rng = np.random.default_rng(27)
+    sigma, effects = 0.0012, rng.normal(0.01, 0.02, 40)
+    verdicts = _verdicts([list(e + sigma * rng.standard_normal(4)) for e in effects])
+    own = basis(FREE, verdicts)
+    assert own.source == "ledger" and own.trials == 40 and "40 confirm verdicts" in own.words
+    # a log-normal of spread s has root mean square exp(s^2) times its median
+    rms = own.policy.prior.sigma_d * math.exp(FREE.prior.spread**2)
+    assert rms == pytest.approx(sigma, rel=0.15)
+    assert own.noise == pool_decided(FREE, verdicts)
+    assert np.corrcoef(own.effects, effects)[0, 1] > 0.99
+    few = basis(FREE, verdicts[: ENOUGH_TRIALS - 1])
+    assert few.source == "shipped" and few.policy == FREE and f"{ENOUGH_TRIALS - 1} of the {ENOUGH_TRIALS}" in few.words
+    assert basis(FREE).words.startswith("the policy's shipped noise")
+    kept = own_effects(own, trials=20_000)
+    assert kept["p_keep_real"] > kept["p_keep"] > 0.3 and kept["false_share"] < 0.02
+
+
+def test_effects_that_are_all_noise_are_shrunk_to_their_mean() -> None:
+    rng = np.random.default_rng(28)
+    own = basis(FREE, _verdicts([list(0.02 * rng.standard_normal(2)) for _ in range(12)]))
+    assert np.ptp(own.effects) < 0.01
+
+
+def test_a_calibration_is_the_ledgers_own_noise() -> None:
+    rng = np.random.default_rng(29)
+    values = [float(v) for v in 2.4 + 0.01 * rng.standard_normal(8)]
+    edits = [{"change": {}, "differences": [float(v) for v in 0.002 * rng.standard_normal(8)], "sigma_d": 0.002}
+             for _ in range(2)]
+    body = msgspec.convert({
+        "track": "tests", "fingerprint": "f", "fingerprint_parts": {}, "stage": "confirm", "config_hash": "",
+        "commit": "", "seeds": list(range(8)), "values": values, "sigma_run": 0.01, "same_seed": [], "bitwise": True,
+        "edits": edits, "sigma_d": 0.002, "correlation": 0.9, "correlation_low": 0.8, "correlation_high": 0.99,
+        "step_ms_spread_pct": 1.0, "bytes_spread": 0, "seconds": 1.0}, CalibrationMeasured)
+    own = basis(FREE, (), body)
+    assert own.source == "ledger" and "calibration of 2 edits" in own.words and own.effects == ()
+    assert own.policy.prior.sigma_d * math.exp(FREE.prior.spread**2) == pytest.approx(0.002, rel=0.5)
+    assert own.noise.df == shipped(FREE).df + 14
+
+
+def test_a_summary_is_made_of_its_rates() -> None:
+    s = summary(POLICY, 0.012, trials=5000, seed=30)
+    assert s.null == rates(POLICY, 0.0, trials=5000, seed=30)
+    assert s.false_share == false_share(s.null.p_keep, s.target.p_keep)
+    assert s.runs == pytest.approx(0.9 * s.null.runs + 0.1 * s.target.runs)
+    assert [p.gain for p in s.powers] == [m * POLICY.prior.sigma_d for m in (1, 2, 3)]
