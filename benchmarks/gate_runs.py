@@ -108,7 +108,7 @@ class Job:
         return int(self.stage.removeprefix("breadth-"))
 
 
-BREADTH = (60, 90)  # lengths of the panel, the most wanted first
+BREADTH = (60, 30, 90)  # lengths of the panel, the most wanted first
 
 
 def jobs() -> Iterator[Job]:
@@ -122,10 +122,9 @@ def jobs() -> Iterator[Job]:
     for i, block in enumerate((range(8), range(8, 16), range(16, 24), range(24, 64))):
         for k in block:
             yield from (Job(config=c, stage="confirm", k=k) for c in everything if k < c.seeds)
-        if i == 0:
-            yield from breadth(BREADTH[0])
-    for steps in BREADTH[1:]:
-        yield from breadth(steps)
+        if i < len(BREADTH) - 1:
+            yield from breadth(BREADTH[i])
+    yield from breadth(BREADTH[-1])
 
 
 def specs(job: Job, track: Track, data: Path, out: Path) -> tuple[RunSpec, dict[str, Any]]:

@@ -117,7 +117,7 @@ class Bench:
             run_id=f"{self.search}-{owner}-{stage}-g{generation}-{k}-{self.fingerprint[:8]}", owner=owner, stage=stage,
             k=k, seed=self.seed_of(stage, k), knobs=knobs, commit=commit, files=files,
             split="val" if stage == "confirm" else "dev", max_tokens=tokens, dev_every=every,
-            dev_tokens=self.track.dev_tokens // 2 if every else 0,
+            dev_tokens=self.track.dev_tokens // 2 if every else 0, fingerprint=self.fingerprint,
         )
 
     def wave(self, requests: Sequence[RunRequest], on_done: OnDone) -> list[RunFailed]:

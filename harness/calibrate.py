@@ -29,7 +29,16 @@ from harness.gitrepo import Repo, open_repo
 from harness.plan import MAX_SEEDS, MIN_SEEDS, Cost, cost_of, run_time, timed_runs
 from harness.runner import kill_orphans
 from harness.state import SearchState, fold
-from harness.tracks import Track, declared_track, differences, fingerprint, get_track, record_derivation, run_seed
+from harness.tracks import (
+    Track,
+    declared_track,
+    differences,
+    environment,
+    fingerprint,
+    get_track,
+    record_derivation,
+    run_seed,
+)
 from harness.transaction import candidate_files
 from harness.views import View
 from harness.workspace import Workspace, require_own_code
@@ -99,7 +108,7 @@ def stale(
         return NEVER
     last = seen[-1]
     known = {r.body.fingerprint: r.body.environment for r in records if isinstance(r.body, SearchStarted)}
-    old, new = known.get(last.fingerprint), now or known.get(fingerprint)
+    old, new = last.environment or known.get(last.fingerprint), now or known.get(fingerprint)
     changed = differences(last.fingerprint_parts, parts, (old, new) if old and new else None)
     return "calibrated under another fingerprint: " + ("; ".join(changed) or "what it is made of has changed")
 
@@ -395,5 +404,6 @@ def calibration(session: Session, jobs: Sequence[Job], found: Mapping[Job, RunFi
         edits=[EditNoise(change=dict(c), differences=d, sigma_d=stdev(d)) for c, d in gaps.items()],
         sigma_d=pooled_sigma(list(gaps.values()))[0], correlation=together.value, correlation_low=together.low,
         correlation_high=together.high, step_ms_spread_pct=100.0 * stdev(steps) / fmean(steps),
-        bytes_spread=max(sizes) - min(sizes), seconds=round(sum(r.wall_seconds for r in found.values()), 3))
+        bytes_spread=max(sizes) - min(sizes), seconds=round(sum(r.wall_seconds for r in found.values()), 3),
+        environment=environment(bench.track))
 

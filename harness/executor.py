@@ -65,6 +65,7 @@ class RunRequest:
     files: Mapping[str, str] = field(default_factory=dict)
     split: Split = "val"
     max_tokens: int = 0
+    fingerprint: str = ""  # under which the run is measured
     dev_every: int = 0  # steps between the trainer's looks at the dev slice; 0 = none
     dev_tokens: int = 0
     watch: Callable[[dict[str, Any]], str] | None = None  # sees every event; a word ends the run: it is given up
@@ -246,6 +247,7 @@ def figures(
         final_train_loss=result.final_train_loss, split=score.split, eval_tokens=score.tokens,
         eval_bytes=score.bytes, tree_hash=result.tree_hash, evaluator_hash=score.evaluator_hash,
         data_fingerprint=score.data_fingerprint, attempt=attempt, payload_bytes=result.payload_bytes,
+        fingerprint=request.fingerprint,
         dev=[[step, loss] for step, loss in dev],
     )
 

@@ -347,8 +347,7 @@ def gather(ws: Workspace, options: SearchOptions) -> Plan:
         raise UserError(f"--name {name}: that search belongs to track {state.started[0].track}, not {track.name}; "
                         "give --track and --name of one search")
     fp, parts, notes = todays_fingerprint(ws, track)
-    problem = device_problem(track)
-    notes += [f"on this machine it cannot run: {problem}"] if problem else []
+    notes += [f"on this machine it cannot run: {problem}"] if (problem := device_problem(track)) else []
     left = None if options.trials is None else max(0, options.trials - state.decided)
     return plan(records, fp, parts, track, name, left, options.deadline, state.decided, notes)
 
@@ -361,7 +360,7 @@ def plan(
     from harness.calibrate import NEVER, stale
     from harness.noisebasis import noise_basis
 
-    policy, _ = noise_basis(records, track, load_policy(track.policy_track), fp, parts, notes.append)
+    policy, _ = noise_basis(records, track, load_policy(track.policy_track), fp, parts, lambda text: None)
     times = {"preflight": preflight_time(records, fp, track),
              **{s: stage_time(records, fp, track, s, track.steps(s)) for s in STAGES}}
     gate = gate_rates(policy, *ledger_noise(policy, records, fp))

@@ -5,8 +5,9 @@
                    -> decided -> (keep) commit.intent -> commit.done | commit.void
                    -> (kept) honest.measured* -> (revert) revert.intent -> trial.reverted | revert.void
 
-``timing.measured`` stands anywhere between preflight and the end. ``trial.failed`` and ``trial.abandoned`` may end it anywhere before ``decided``. After the end only the commit
-of a keep follows. Findings, reviews and notes are free. Unknown types never get here (readers skip them).
+``timing.measured`` stands anywhere between preflight and the end. ``trial.failed`` and ``trial.abandoned`` may
+end it anywhere before ``decided``. After the end only the commit of a keep follows, and what becomes of it.
+Findings, reviews and notes are free. Unknown types never get here (readers skip them).
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ class CalibrationMeasured(Body, frozen=True):
     step_ms_spread_pct: float  # standard deviation of step time over its mean, equal code
     bytes_spread: int  # largest - smallest artifact over the seeds
     seconds: float  # worker-seconds spent on this
+    environment: dict[str, str] = {}  # of the machine, as in search.started
 
 
 class PanelLength(Body, frozen=True):

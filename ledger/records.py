@@ -116,6 +116,7 @@ class RunFigures(Body, frozen=True):
     evaluator_hash: str
     data_fingerprint: str
     attempt: int = 1
+    fingerprint: str = ""  # under which it was measured; "": not recorded
     payload_bytes: int = 0  # the artifact before compression; 0: unknown
     dev: list[list[float]] = []  # [step, nats/token on the dev slice], as the trainer saw it on its way
 

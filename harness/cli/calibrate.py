@@ -121,14 +121,14 @@ def before_a_night(ws: Workspace, options: SearchOptions, view: View) -> None:
     confirm = stage_time(records, fp, track, "confirm", track.confirm_steps).seconds
     seeds, edits = shrink(night, confirm, track.workers)
     if not seeds:
-        view.note("noise: not calibrated under this fingerprint, and that would take more than "
-                  f"{CALIBRATION_SHARE:.0%} of the time: the shipped scale serves")
+        say("noise: not calibrated under this fingerprint, and that would take more than "
+            f"{CALIBRATION_SHARE:.0%} of the time: the shipped scale serves", sys.stdout)
         return
 
     def ask(cost: Cost) -> bool:
         fits = cost.seconds <= CALIBRATION_SHARE * night
-        view.note(f"calibration first: {cost.words()}, {cost.seconds / night:.0%} of the time"
-                  + ("" if fits else "; too much, left out: the shipped noise scale serves"))
+        say(f"calibration first: {cost.words()}, {cost.seconds / night:.0%} of the time"
+            + ("" if fits else "; too much, left out: the shipped noise scale serves"), sys.stdout)
         return fits
 
     outcome = run_calibration(ws, track=options.track, name=options.name, seeds=seeds, edits=edits, view=view, ask=ask)

@@ -71,6 +71,12 @@ def _check_side(runs: Sequence[RunFigures], side: str) -> None:
 def _check_same(runs: Iterable[RunFigures]) -> None:
     """One evaluator, one data set, one slice over both sides: else never compare."""
     runs = list(runs)
+    known = {r.fingerprint: r for r in runs if r.fingerprint}  # "": a run of before it was recorded
+    if len(known) > 1:
+        (a, x), (b, y) = list(known.items())[:2]
+        raise GateError(f"fingerprint differs: {a[:12]} of {_name(x)}, {b[:12]} of {_name(y)}: another track, "
+                        "data set, evaluator, machine or torch. Figures compare only within one fingerprint, measure "
+                        "the incumbent again (`autoresearch track show` and `search --plan` say what differs)")
     for name in _SAME:
         first = runs[0]
         for run in runs[1:]:

@@ -36,11 +36,15 @@ TRUE_SHARE = 0.1  # of proposals that are true gains: the prior for which error 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What is assumed about runs and edits beyond the policy's noise prior."""
+    """What is assumed about runs and edits beyond the policy's noise prior.
+
+    ``breadth_sigma`` and ``disagreement`` follow the measured panel of pocket (60 of 120 steps, 22 configurations:
+    tau 0.76, veto kills 2% of the better and 69% of the worse); ``shared`` is what equal runs of both sides imply.
+    """
 
     shared: float = 0.5  # share of a difference's variance that is the control's run
     breadth_sigma: float = 1.0  # sigma of a breadth difference over the edit's own confirm sigma_d
-    disagreement: float = 1.8  # breadth effect - confirm effect: its standard deviation in typical sigmas
+    disagreement: float = 1.0  # breadth effect - confirm effect: its standard deviation in typical sigmas
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -337,3 +337,12 @@ def test_the_test_track_says_that_it_means_nothing() -> None:
 def test_every_reason_has_words(d: list[float]) -> None:
     decided = judge(POLICY, gains(d))
     assert decided.reason in REASONS and REASONS[decided.reason] in decided.explanation
+
+
+def test_figures_of_two_fingerprints_are_never_compared() -> None:
+    control, candidate = gains([0.03, 0.031, 0.029], fingerprint="b" * 64)
+    control = [msgspec.structs.replace(r, fingerprint="a" * 64) for r in control]
+    with pytest.raises(GateError, match=r"fingerprint differs: aaaaaaaaaaaa .* bbbbbbbbbbbb"):
+        judge(POLICY, (control, candidate))
+    old = [msgspec.structs.replace(r, fingerprint="") for r in control]  # written before it was recorded
+    assert judge(POLICY, (old, candidate)).verdict == "keep"
