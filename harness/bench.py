@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from types import FrameType
@@ -25,6 +25,7 @@ from ledger.records import Body
 from ledger.store import Ledger
 
 POLL_S = 0.05
+EARLY_PART = 4  # a look at a breadth run on its way scores this part of the dev slice
 SHORT_TOKENS = 1024  # scored by runs that only have to get through: preflight, timing
 
 OnDone = Callable[[RunDone], None]
@@ -117,7 +118,7 @@ class Bench:
             run_id=f"{self.search}-{owner}-{stage}-g{generation}-{k}-{self.fingerprint[:8]}", owner=owner, stage=stage,
             k=k, seed=self.seed_of(stage, k), knobs=knobs, commit=commit, files=files,
             split="val" if stage == "confirm" else "dev", max_tokens=tokens, dev_every=every,
-            dev_tokens=self.track.dev_tokens // 2 if every else 0, fingerprint=self.fingerprint,
+            dev_tokens=self.track.dev_tokens // EARLY_PART if every else 0, fingerprint=self.fingerprint,
         )
 
     def wave(self, requests: Sequence[RunRequest], on_done: OnDone) -> list[RunFailed]:
@@ -129,7 +130,7 @@ class Bench:
         futures: dict[Future[RunDone | RunFailed], RunRequest] = {
             self.executor.submit(r, self.view.run_event): r for r in requests
         }
-        self.fill(self.executor.workers - len(futures) - len(self._idle))
+        self.fill(self.executor.workers - len(futures) - len(self._idle), {r.run_id for r in requests})
         failures: list[RunFailed] = []
         while futures:
             for future in wait([*futures, *self._idle], timeout=POLL_S, return_when=FIRST_COMPLETED).done:
@@ -146,13 +147,18 @@ class Bench:
             raise Stopped("stopped")
         return failures
 
-    def fill(self, free: int) -> None:
-        """Give ``free`` idle workers something useful, as far as there is anything and nobody has asked to stop."""
-        for _ in range(free if not self._interrupts else 0):
+    def fill(self, free: int, busy: Collection[str] = ()) -> None:
+        """Give ``free`` idle workers something useful, as far as there is anything and nobody has asked to stop.
+
+        Runs ``busy`` (by id) are under way already: a run is never made twice at once.
+        """
+        while free > 0 and not self._interrupts:
             work = self.filler()
             if work is None:
                 return
-            self._idle[self.executor.submit(work[0], self.view.run_event)] = work[1]
+            if work[0].run_id not in busy:
+                self._idle[self.executor.submit(work[0], self.view.run_event)] = work[1]
+                free -= 1
 
     def _settle_idle(self, future: Future[RunDone | RunFailed]) -> None:
         """Log a filler run. One that failed is left out: the run is made again, in earnest, when it is needed."""

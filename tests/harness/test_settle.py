@@ -233,6 +233,28 @@ def test_idle_workers_grow_the_bank_and_trials_take_its_blocks_in_turn(
     verified(ws)
 
 
+def test_no_run_is_made_twice_at_once(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """An odd number of controls leaves a worker idle beside the last one: it must not be given that very run."""
+    policy(monkeypatch, bank_max=6, controls=3, honest_pairs=0)
+    world({})
+    alive: set[str] = set()
+    original = FakeExecutor.submit
+
+    def submit(self: FakeExecutor, request: RunRequest, sink: Any) -> Any:
+        assert request.run_id not in alive, request.run_id
+        alive.add(request.run_id)
+        return original(self, request, sink)
+
+    def over(self: Any, request: RunRequest) -> None:
+        alive.discard(request.run_id)
+
+    monkeypatch.setattr(FakeExecutor, "submit", submit)
+    monkeypatch.setattr(SilentView, "run_over", over)
+    run_search(ws, SearchOptions(track=TRACK, trials=5), SilentView(), None, FakeExecutor)
+    ids = [r.run_id for r in FakeExecutor.calls if r.owner.startswith("control-") and r.stage == "confirm"]
+    assert len(ids) == len(set(ids)) == 6
+
+
 # Predictions of bytes.
 
 
