@@ -16,7 +16,7 @@ from harness.gate.verdict import recompute
 from harness.gitrepo import Repo
 from harness.settle import honest_figures
 from ledger.decode import Record
-from ledger.measured import HonestMeasured
+from ledger.measured import HonestMeasured, TimingMeasured
 from ledger.problems import Problem, problem_at
 from ledger.records import (
     CommitIntent,
@@ -24,6 +24,7 @@ from ledger.records import (
     Decided,
     Finding,
     NoiseMeasured,
+    PreflightPassed,
     PreflightRefused,
     RunFigures,
     StageEnded,
@@ -68,6 +69,7 @@ def measured(records: list[Record]) -> list[Problem]:
     """The figures that a verdict was made from are those of the runs recorded before it, field by field."""
     runs: dict[tuple[object, ...], _Run] = {}
     proposed: dict[TrialKey, TrialProposed] = {}
+    timing: dict[TrialKey, list[list[float]]] = {}
     found = []
     for record in records:
         body, search = record.body, record.search
@@ -78,7 +80,14 @@ def measured(records: list[Record]) -> list[Problem]:
             runs[search, record.trial, stage, body.run.k] = _Run(record.seq + 1, body.run)
         elif isinstance(body, ControlEnded):
             runs[_control_key(search, body, body.run.k)] = _Run(record.seq + 1, body.run)
+        elif isinstance(body, PreflightPassed) and body.control_step_ms > 0.0:
+            timing[search, record.trial] = [[body.control_step_ms, body.step_ms]]
+        elif isinstance(body, TimingMeasured):
+            timing[search, record.trial] = body.pairs
         elif isinstance(body, Decided):
+            if body.timing and body.timing != timing.get((search, record.trial)):
+                found.append(problem_at(record, "figures", f"judged by step times {body.timing}, on record before it: "
+                                                           f"{timing.get((search, record.trial))}"))
             for run in body.candidate:
                 found += _same_run(record, "candidate", run, runs.get((search, record.trial, body.stage, run.k)))
             p = proposed.get((search, record.trial))
@@ -129,7 +138,7 @@ def honesty(records: list[Record]) -> list[Problem]:
     for record in records:
         body = record.body
         if isinstance(body, ControlEnded) and body.stage == "confirm":
-            runs[record.search, body.generation, body.config_hash, body.run.k] = body.run.val_bpb
+            runs[record.search, body.fingerprint, body.generation, body.config_hash, body.run.k] = body.run.val_bpb
         elif isinstance(body, Decided):
             decided[record.search, record.trial] = body
         elif isinstance(body, HonestMeasured):
@@ -141,14 +150,12 @@ def honesty(records: list[Record]) -> list[Problem]:
 def _dishonest(
     record: Record, body: HonestMeasured, verdict: Decided | None, runs: dict[tuple[object, ...], float],
 ) -> list[str]:
-    sides = [[runs.get((record.search, body.generation, config, k)) for k in body.ks]
+    sides = [[runs.get((record.search, body.fingerprint, body.generation, config, k)) for k in body.ks]
              for config in (body.parent_config, body.config_hash)]
     if verdict is None or any(x is None for side in sides for x in side):
         return ["the keep or the control runs that it rests on are not recorded before it"]
     parent, kept = ([x for x in side if x is not None] for side in sides)
-    pairs = int(verdict.policy.get("honest_pairs", 0))
-    last = len(body.ks) >= pairs + int(verdict.policy.get("honest_extend", 0))
-    again = honest_figures(verdict, parent, kept, last)
+    again = honest_figures(verdict, parent, kept, body.last)
     return [f"{name} is {getattr(body, name)!r}, the runs give {value!r}" for name, value in again.items()
             if getattr(body, name) != value]
 

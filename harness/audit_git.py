@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.errors import InfraError, UserError
-from harness.gitrepo import TRAILER_HEAD, TRAILER_TRIAL, Repo
+from harness.gitrepo import TRAILER_HEAD, TRAILER_REVERTS, TRAILER_TRIAL, Repo
 from harness.recipe import parse_recipe
 from harness.tracks import Track, declared_track, fingerprint
 from harness.transaction import PIN
 from harness.workspace import recipe_path
 from ledger.decode import Record
+from ledger.measured import TrialReverted
 from ledger.mirror import BLOB_NAME, REF
 from ledger.problems import Problem, problem_at
 from ledger.records import CommitDone, CommitIntent, SearchStarted, TrialProposed
@@ -35,6 +36,8 @@ def commits(repo: Repo) -> Check:
         by_seq = {r.seq: r for r in records}
         found = []
         for record in records:
+            if isinstance(record.body, TrialReverted):
+                found += _revert(repo, record, record.body)
             if not isinstance(record.body, CommitDone):
                 continue
             sha = record.body.sha
@@ -53,6 +56,15 @@ def commits(repo: Repo) -> Check:
         return found
 
     return check
+
+
+def _revert(repo: Repo, record: Record, body: TrialReverted) -> list[Problem]:
+    """The commit that took a keep back exists, and says which."""
+    if repo.rev(body.sha) is None:
+        return [problem_at(record, "commit", f"revert {body.sha[:12]} is not in this repository", "warning")]
+    named = repo.trailers(body.sha).get(TRAILER_REVERTS)
+    return [] if named == record.trial else [problem_at(
+        record, "commit", f"commit {body.sha[:12]} reverts trial {named!r}, the ledger says {record.trial!r}")]
 
 
 def mirrored(repo: Repo, ledger_path: Path, ref: str = REF) -> Check:

@@ -85,6 +85,7 @@ class Bench:
     crash_point: Callable[[str], None] = field(default=lambda name: None)  # tests kill here
     filler: Callable[[], tuple[RunRequest, OnDone] | None] = field(default=lambda: None)  # work for an idle worker
     _idle: dict[Future[RunDone | RunFailed], OnDone] = field(default_factory=dict)  # filler runs under way
+    _idle_ids: dict[Future[RunDone | RunFailed], str] = field(default_factory=dict)
     _interrupts: int = 0
 
     def write(self, type_: str, body: Body, trial: str = "") -> Any:
@@ -156,13 +157,21 @@ class Bench:
             work = self.filler()
             if work is None:
                 return
-            if work[0].run_id not in busy:
-                self._idle[self.executor.submit(work[0], self.view.run_event)] = work[1]
+            if work[0].run_id not in busy and work[0].run_id not in self._idle_ids.values():
+                future = self.executor.submit(work[0], self.view.run_event)
+                self._idle[future], self._idle_ids[future] = work[1], work[0].run_id
                 free -= 1
+
+    def fill_idle(self) -> None:
+        """Before the agent thinks: log what idle workers have finished, and give the free ones something."""
+        for future in [f for f in self._idle if f.done()]:
+            self._settle_idle(future)
+        self.fill(self.executor.workers - len(self._idle))
 
     def _settle_idle(self, future: Future[RunDone | RunFailed]) -> None:
         """Log a filler run. One that failed is left out: the run is made again, in earnest, when it is needed."""
         on_done = self._idle.pop(future)
+        del self._idle_ids[future]
         outcome = future.result()
         self.view.run_over(outcome.request)
         if isinstance(outcome, RunDone):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.errors import UserError
-from harness.gitrepo import ZERO, Repo
+from harness.gitrepo import TRAILER_REVERTS, ZERO, Repo
 from harness.state import SearchState
 from harness.tracks import Track
 from harness.views import View
@@ -19,11 +19,11 @@ def search_branch(repo: Repo, name: str, state: SearchState, track: Track, view:
     if repo.rev(ref) is None:
         head = repo.rev("HEAD")
         assert head
-        lost = [t for t in state.trials.values() if t.done]
-        if lost and not repo.is_ancestor(lost[-1].done.sha, head):  # type: ignore[union-attr]
+        last = last_commit(state)
+        if last and not repo.is_ancestor(last[0], head):
             raise UserError(
-                f"branch search/{name} is gone, but the ledger has its kept commits (last {lost[-1].id}); bring it "
-                f"back with `git branch search/{name} refs/autoresearch/trial/{lost[-1].id}`, or use another --name")
+                f"branch search/{name} is gone, but the ledger has its commits (last {last[1]}); bring it back with "
+                f"`git branch search/{name} {last[0]}`, or use another --name")
         repo.set_ref(ref, head, old=ZERO)
         view.note(f"new branch search/{name} at {head[:12]}")
     return ref
@@ -37,21 +37,32 @@ def same_history(repo: Repo, ledger: Ledger, state: SearchState, branch: str) ->
         raise UserError(f"{short} is checked out in the worktree {elsewhere}, whose files would fall behind its "
                         f"commits; check another branch out there (`git -C {elsewhere} switch --detach`), then search "
                         "again")
-    known = {f"{r.seq}:{r.h}" for r in ledger.records(types=["decided"])}
+    known = {f"{r.seq}:{r.h}" for r in ledger.records(types=["decided", "honest.measured"])}
     # What lies before the search's first start is not its own: a clone may carry keeps without their ledger.
     base = state.started[0].incumbent_commit if state.started else "HEAD"
-    for sha, trial, head in repo.witnesses(f"{base}..{branch}"):
+    span = f"{base}..{branch}"
+    for sha, trial, head in [*repo.witnesses(span), *repo.witnesses(span, TRAILER_REVERTS)]:
         if head not in known:
             raise UserError(f"{short} holds commit {sha[:12]} (trial {trial}), which was decided in ledger record "
                             f"{head[:24]}..., but this ledger has no such record: it was cut or replaced. Restore it "
                             "(`git show refs/autoresearch/ledger:autoresearch.jsonl` may hold it), or use another "
                             "--name from a branch without that commit")
     tip = repo.rev(branch)
-    last = state.trials[state.kept[-1]].done if state.kept else None
-    if tip and last and not repo.is_ancestor(last.sha, tip):
-        raise UserError(f"{short} no longer contains the last kept commit {last.sha[:12]} (trial {state.kept[-1]}): "
-                        f"it was moved back. `git branch -f {short} {last.sha[:12]}` brings it back; to go on from "
-                        "another commit, start another search with --name")
+    last = last_commit(state)
+    if tip and last and not repo.is_ancestor(last[0], tip):
+        raise UserError(f"{short} no longer contains its last commit {last[0][:12]} ({last[1]}): it was moved back. "
+                        f"`git branch -f {short} {last[0][:12]}` brings it back; to go on from another commit, start "
+                        "another search with --name")
+
+
+def last_commit(state: SearchState) -> tuple[str, str] | None:
+    """(commit, what it is) that the search made last: its last keep, or what took that back."""
+    if not state.kept:
+        return None
+    trial = state.trials[state.kept[-1]]
+    assert trial.done
+    return (trial.reverted.sha, f"revert of trial {trial.id}") if trial.reverted else (trial.done.sha,
+                                                                                       f"trial {trial.id}")
 
 
 def heal_checkout(repo: Repo, state: SearchState, branch: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -24,15 +24,13 @@ from harness.errors import InfraError, UserError
 from harness.executor import LocalExecutor, RunDone, RunFailed, RunRequest
 from harness.gate.correlation import calibration_for, pooled_sigma, same_seed
 from harness.gate.early import dev_every
-from harness.gate.policy import Prior, load_policy
+from harness.gate.policy import load_policy
 from harness.gitrepo import Repo, open_repo
 from harness.plan import MAX_SEEDS, MIN_SEEDS, Cost, cost_of, run_time, timed_runs
 from harness.runner import kill_orphans
 from harness.state import SearchState, fold
 from harness.tracks import (
     Track,
-    declared_track,
-    differences,
     environment,
     fingerprint,
     get_track,
@@ -46,16 +44,14 @@ from ledger.durable import atomic_write
 from ledger.lock import SearchLock
 from ledger.measured import CalibrationMeasured, EditNoise
 from ledger.mirror import publish_ref
-from ledger.records import RunFigures, SearchStarted
+from ledger.records import RunFigures
 from trainer.knobs import REGISTRY, KnobError, KnobValue
 
 if TYPE_CHECKING:
     from harness.stages import Incumbent
 
 PURPOSE = "calibrate"  # of the seeds: no confirm seed is used up
-NEVER = "never calibrated"
 FIGURES_DIR = "figures"  # under the workspace's state: finished runs, one file each, so that nothing is paid twice
-FOREIGN_DF, FOREIGN_INFLATION = 2.0, 1.5  # of a scale measured under another fingerprint: doubt it more than our own
 
 REFERENCE_EDITS: tuple[tuple[str, Callable[[float], float]], ...] = (
     ("beta2", lambda v: v + 0.4 * (1.0 - v)),  # 0.95 -> 0.97
@@ -87,53 +83,6 @@ def legal(track: Track, knobs: Mapping[str, KnobValue], change: Mapping[str, Kno
     except KnobError:
         return False
     return REGISTRY.config_hash(resolved) != REGISTRY.config_hash(knobs)
-
-
-def stale(
-    records: Iterable[Any], fingerprint: str, parts: Mapping[str, str], track: str = "",
-    now: Mapping[str, str] | None = None,
-) -> str:
-    """Why there is no calibration under ``fingerprint``, in words; "" when there is one.
-
-    ``parts``: of the fingerprint, as ``tracks.fingerprint`` gave them. ``track`` keeps to that track's
-    calibrations; the last one is compared part by part. What of the machine changed (processor, GPU, torch...) is
-    named where a search was started under the old fingerprint, because that is where the ledger holds it; ``now``:
-    today's ``tracks.environment``, by default that of a search started under today's fingerprint.
-    """
-    records = list(records)
-    if calibration_for(records, fingerprint):
-        return ""
-    seen = [r.body for r in records if isinstance(r.body, CalibrationMeasured) and track in ("", r.body.track)]
-    if not seen:
-        return NEVER
-    last = seen[-1]
-    known = {r.body.fingerprint: r.body.environment for r in records if isinstance(r.body, SearchStarted)}
-    old, new = last.environment or known.get(last.fingerprint), now or known.get(fingerprint)
-    changed = differences(last.fingerprint_parts, parts, (old, new) if old and new else None)
-    return "calibrated under another fingerprint: " + ("; ".join(changed) or "what it is made of has changed")
-
-
-def prior_from_elsewhere(
-    records: Iterable[Any], track: str, *, fingerprint: str = "", prior: Prior | None = None,
-) -> Prior | None:
-    """The track's prior with the scales of its last calibration under another fingerprint; None if there is none.
-
-    Only the scale crosses: no mean does. It is inflated and counts for few degrees of freedom, because another
-    machine, torch or corpus is another noise; ``source`` says where it is from. ``fingerprint``: today's, which is
-    left out (its own calibration goes into the pool whole: ``correlation.noise_inputs``). ``prior``: what is replaced,
-    by default the one that gate.toml ships for the track.
-    """
-    shipped = prior or load_policy(declared_track(track).policy_track).prior
-    seen = [r.body for r in records if isinstance(r.body, CalibrationMeasured)
-            and r.body.track == track and r.body.fingerprint != fingerprint and r.body.sigma_d > 0.0]
-    if not seen:
-        return None
-    last = seen[-1]
-    return dataclasses.replace(
-        shipped, sigma_d=last.sigma_d, sigma_run=max(last.sigma_run, last.sigma_d / 2.0),
-        df=min(shipped.df, FOREIGN_DF), inflation=max(shipped.inflation, FOREIGN_INFLATION),
-        source=f"a calibration of {track} under another fingerprint ({last.fingerprint[:8]}), as a scale only: "
-               f"{len(last.values)} seeds, {len(last.edits)} edits")
 
 
 @dataclass(frozen=True)

@@ -196,14 +196,14 @@ class Repo:
             return [str(p.relative_to(common)) if p.is_relative_to(common) else p.name for p in stale]
         return []
 
-    def witnesses(self, revisions: str) -> list[tuple[str, str, str]]:
-        """(commit, trial, "seq:h") of every kept commit in ``revisions`` ("a..b"), newest first.
+    def witnesses(self, revisions: str, of: str = TRAILER_TRIAL) -> list[tuple[str, str, str]]:
+        """(commit, trial, "seq:h") of every kept commit (``of``: or revert) in ``revisions`` ("a..b"), newest first.
 
         Replaced objects are looked through; of a trailer given twice the last counts.
         """
         trailer = "%(trailers:key={},valueonly,unfold,separator=%x1f)".format
         out = self._git("--no-replace-objects", "-c", "log.showSignature=false", "log",
-                        f"--format=%H%x09{trailer(TRAILER_TRIAL)}%x09{trailer(TRAILER_HEAD)}", revisions, "--")
+                        f"--format=%H%x09{trailer(of)}%x09{trailer(TRAILER_HEAD)}", revisions, "--")
         rows = ([part.split("\x1f")[-1].strip() for part in line.split("\t")] for line in out.split("\n"))
         return [(row[0], row[1], row[2]) for row in rows if len(row) == 3 and row[1] and row[2]]
 

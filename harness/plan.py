@@ -357,8 +357,7 @@ def plan(
     deadline: float | None, decided: int, notes: list[str],
 ) -> Plan:
     """The plan from a ledger's records. ``left``: trials to decide; ``deadline``: unix seconds; None: not asked for."""
-    from harness.calibrate import NEVER, stale
-    from harness.noisebasis import noise_basis
+    from harness.noisebasis import NEVER, noise_basis, stale
 
     policy, _ = noise_basis(records, track, load_policy(track.policy_track), fp, parts, lambda text: None)
     times = {"preflight": preflight_time(records, fp, track),

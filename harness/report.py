@@ -65,9 +65,10 @@ def control_means(state: SearchState) -> tuple[float, float] | None:
     """(baseline, incumbent) mean val_bpb of their control runs, each on seeds of its own; None if one lacks."""
     if not state.standing or not state.started:
         return None
-    ends = []
+    ends, under = [], state.started[-1].fingerprint  # never across fingerprints
     for config in (state.started[0].incumbent_config, state.standing[-1].proposed.config_hash):
-        groups = [runs for key, runs in state.controls.items() if (key[0], key[2]) == ("confirm", config) and runs]
+        groups = [runs for key, runs in state.controls.items()
+                  if (key[0], key[2], key[3]) == ("confirm", config, under) and runs]
         if not groups:
             return None
         ends.append(fmean(r.val_bpb for runs in groups for r in runs.values()))

@@ -21,7 +21,7 @@ from harness.gitrepo import Repo, open_repo
 from harness.noisebasis import noise_basis
 from harness.recipe import parse_recipe
 from harness.runner import kill_orphans
-from harness.settle import settle, take_back
+from harness.settle import last_unsettled, settle, take_back
 from harness.stages import (
     Incumbent,
     bank_filler,
@@ -39,6 +39,7 @@ from harness.views import View
 from harness.workspace import Workspace, recipe_path, require_own_code
 from ledger.errors import LedgerError
 from ledger.lock import SearchLock
+from ledger.measured import TrialReverted
 from ledger.mirror import publish_ref, reconcile
 from ledger.records import PreflightRefused, SearchEnded, SearchStarted, TrialAbandoned, TrialProposed
 from ledger.store import Ledger
@@ -100,8 +101,9 @@ def run_search(
                 commit_keep(repo, ledger, track, name, branch, trial)
                 view.note(f"{trial.id}: finished the commit that was interrupted")
             elif trial.owes_revert:
-                revert_keep(repo, ledger, name, branch, trial)
-                view.note(f"{trial.id}: finished the revert that was interrupted")
+                done = revert_keep(repo, ledger, track, name, branch, trial)
+                view.note(f"{trial.id}: finished the revert that was interrupted" if isinstance(done, TrialReverted)
+                          else f"{trial.id}: its revert is planned again: {done.reason}")
         state = fold(ledger.records(search=name), name)
         heal_checkout(repo, state, branch)
         same_history(repo, ledger, state, branch)
@@ -109,7 +111,8 @@ def run_search(
         catch_up(repo, branch, view)
         data_dir, data_hash = ensure_data(ws, track, view.note)
         budget = Budget(options.trials, options.deadline, options.why_deadline, options.keeps)
-        if proposal is None and state.complete and budget.spent(state) in ("budget.trials", "budget.keeps"):
+        complete = state.complete and not last_unsettled(state, policy)
+        if proposal is None and complete and budget.spent(state) in ("budget.trials", "budget.keeps"):
             publish_ref(ws.main, ws.ledger)
             return SearchOutcome(search=name, reason="nothing-to-do", state=state, seconds=0.0)
         with _executor(ws, repo, track, data_dir, make_executor) as executor:
@@ -182,7 +185,7 @@ def _drive(bench: Bench, options: SearchOptions, parts: dict[str, str], proposer
     bench.view.status.search, bench.view.status.track = bench.search, bench.track.name
     bench.view.status.target, bench.view.status.budget = bench.budget.trials, bench.budget.words()
     restore = bench.handle_signals()
-    kept_before = len(bench.state.standing)
+    kept_before = bench.state.generation
     try:
         with bench.view:
             bench.write("search.started", SearchStarted(
@@ -194,7 +197,7 @@ def _drive(bench: Bench, options: SearchOptions, parts: dict[str, str], proposer
             reason = _loop(bench, proposer, proposal)
             bench.drain()
             bench.write("search.ended", SearchEnded(
-                reason=reason, decided=bench.state.decided, kept=len(bench.state.standing) - kept_before,
+                reason=reason, decided=bench.state.decided, kept=bench.state.generation - kept_before,
                 seconds=time.monotonic() - begin))
             bench.publish()
     finally:
@@ -251,7 +254,7 @@ def _propose(bench: Bench, inc: Incumbent, proposer: Proposer, single: Proposal 
     bench.view.status.doing = "proposing"
     bench.filler = bank_filler(bench, inc)
     if proposer.slow and single is None:
-        bench.fill(bench.executor.workers)
+        bench.fill_idle()
     context = make_context(bench, inc)
     begin = time.monotonic()
     retry = _voided(bench)
@@ -352,6 +355,7 @@ def _taken_back(bench: Bench) -> bool:
 def _refold(bench: Bench) -> None:
     """The transaction writes to the ledger itself: read its events back."""
     bench.state = fold(bench.ledger.records(search=bench.search), bench.search)
+    bench.filler = lambda: None  # of an incumbent that is one no more
 
 
 def _show_incumbent(bench: Bench, inc: Incumbent) -> None:

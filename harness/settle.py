@@ -13,9 +13,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from harness.bench import Bench
+from harness.gate.policy import Policy
 from harness.recipe import parse_recipe
 from harness.stages import Incumbent, controls, ensure_controls
-from harness.state import TrialState
+from harness.state import SearchState, TrialState
 from harness.transaction import revert_keep
 from harness.workspace import recipe_path
 from ledger.measured import HonestMeasured
@@ -24,12 +25,16 @@ from trainer.knobs import REGISTRY
 
 
 def unsettled(bench: Bench) -> TrialState | None:
-    """The last keep, if its honest gain is still to be measured under today's fingerprint and policy."""
-    if not bench.state.kept or not bench.policy.honest_pairs:
+    """The last keep, if its honest gain is still to be measured; under today's fingerprint, whatever it was then."""
+    return last_unsettled(bench.state, bench.policy)
+
+
+def last_unsettled(state: SearchState, policy: Policy) -> TrialState | None:
+    """The last keep, while its honest gain is not known. Earlier ones were settled before others were built on them."""
+    if not state.kept or not policy.honest_pairs:
         return None
-    trial = bench.state.trials[bench.state.kept[-1]]
-    open_ = trial.stands and (trial.honest is None or trial.honest.decision == "extend")
-    return trial if open_ and trial.proposed.fingerprint == bench.fingerprint else None
+    trial = state.trials[state.kept[-1]]
+    return trial if trial.stands and (trial.honest is None or trial.honest.decision == "extend") else None
 
 
 def settle(bench: Bench, inc: Incumbent) -> None:
@@ -46,8 +51,9 @@ def settle(bench: Bench, inc: Incumbent) -> None:
         mine, theirs = controls(bench, inc, "confirm"), controls(bench, parent, "confirm")
         last = count == policy.honest_pairs + policy.honest_extend
         body = judge(trial, [theirs[k].val_bpb for k in ks], [mine[k].val_bpb for k in ks],
-                     bench.state.generation, last)
-        if trial.honest is None or trial.honest.ks != ks:
+                     bench.state.generation, last, bench.fingerprint)
+        known = trial.honest
+        if known is None or (known.ks, known.decision, known.fingerprint) != (ks, body.decision, bench.fingerprint):
             bench.write("honest.measured", body, trial.id)
         if body.decision != "extend":
             return
@@ -60,12 +66,14 @@ def parent_of(bench: Bench, trial: TrialState) -> Incumbent:
     return Incumbent(commit, knobs, REGISTRY.config_hash(knobs))
 
 
-def judge(trial: TrialState, parent: list[float], kept: list[float], generation: int, last: bool) -> HonestMeasured:
+def judge(
+    trial: TrialState, parent: list[float], kept: list[float], generation: int, last: bool, fingerprint: str,
+) -> HonestMeasured:
     """The honest record from fresh val_bpb of both, seed by seed."""
     assert trial.decided and trial.done
     return HonestMeasured(
         sha=trial.done.sha, generation=generation, parent_config=trial.proposed.parent_config,
-        config_hash=trial.proposed.config_hash, ks=list(range(len(kept))),
+        config_hash=trial.proposed.config_hash, ks=list(range(len(kept))), fingerprint=fingerprint, last=last,
         **honest_figures(trial.decided, parent, kept, last))
 
 
@@ -86,16 +94,18 @@ def honest_figures(decided: Decided, parent: Sequence[float], kept: Sequence[flo
 def honest_floor(decided: Decided) -> float:
     """The least honest gain with which a keep stands, bpb.
 
-    Kept for its gain: what its bytes and time were charged, so that its utility is not below zero. Kept for
-    being cheaper, faster or simpler: the loss that the policy allowed it.
+    Kept for its gain: what its bytes and time were charged, so that its utility is not below zero. Kept for being
+    simpler: the loss that the policy allowed it. For being cheaper or faster: no more than that, nor than its credit.
     """
-    if decided.reason != "kept.gain":
-        return -float(decided.policy["noninferiority_bpb"])
-    return max(0.0, -(decided.delta_bpb or 0.0) - decided.looks[-1].mean)
+    charges = -(decided.delta_bpb or 0.0) - decided.looks[-1].mean  # negative: a credit
+    if decided.reason == "kept.gain":
+        return max(0.0, charges)
+    margin = -float(decided.policy["noninferiority_bpb"])
+    return margin if decided.reason == "kept.simpler" else max(margin, charges)
 
 
 def take_back(bench: Bench, trial: TrialState) -> None:
     """Revert the commit of a keep whose honest gain is below its floor."""
     bench.publish()
     bench.crash_point("before:revert")
-    revert_keep(bench.repo, bench.ledger, bench.search, bench.branch, trial)
+    revert_keep(bench.repo, bench.ledger, bench.track, bench.search, bench.branch, trial)

@@ -38,6 +38,7 @@ from ledger.records import (
 )
 from trainer.knobs import REGISTRY, KnobValue
 
+TRIALS_A_BLOCK = 8  # judged on one block of controls before another is begun
 BYTE_SLACK = 0.02  # preflight refuses only above cap * (1 + slack)
 
 
@@ -117,10 +118,11 @@ def bank_filler(bench: Bench, inc: Incumbent) -> Callable[[], tuple[RunRequest, 
     return work
 
 
-def block_start(policy: Policy, runs: Collection[int], trial: TrialState) -> int:
-    """First k of the trial's confirm seeds: where it has begun, else the bank's whole blocks in turn.
+def block_start(policy: Policy, runs: Collection[int], trial: TrialState, judged: int) -> int:
+    """First k of the trial's confirm seeds: where it has begun, else the blocks of the bank in turn.
 
-    Trials judged on one block of controls share its luck; a bank that has grown to more blocks spreads it.
+    Trials judged on one block of controls share its luck. So there are as many blocks as idle workers have filled, and
+    one more for every ``TRIALS_A_BLOCK`` trials ``judged`` on this incumbent, up to ``bank_max`` controls.
     """
     started = trial.runs["confirm"]
     size = policy.max_pairs
@@ -129,12 +131,14 @@ def block_start(policy: Policy, runs: Collection[int], trial: TrialState) -> int
     whole = 0
     while all(k in runs for k in range(whole * size, (whole + 1) * size)):
         whole += 1
-    return trial.proposed.number % whole * size if whole > 1 else 0
+    blocks = max(whole, min(1 + judged // TRIALS_A_BLOCK, policy.bank_max // size), 1)
+    return judged % blocks * size
 
 
 def preflight(bench: Bench, trial: TrialState, inc: Incumbent) -> bool:
     """A short run all the way to a score, the incumbent's beside it, and predictions. True when the trial may go on."""
     bench.view.status.doing = f"{trial.id}: preflight"
+    bench.drain()  # its step times are compared: nothing else runs beside it
     begin = time.monotonic()
     candidate, control = short_runs(bench, trial, inc, "preflight", 0)
     done: dict[str, RunFigures] = {}
@@ -176,6 +180,7 @@ def short_runs(bench: Bench, trial: TrialState, inc: Incumbent, stage: str, k: i
 
 def take_turns(bench: Bench, trial: TrialState, inc: Incumbent, wanted: int) -> bool:
     """More pairs of step times, until the trial has ``wanted``; who goes first changes. False when a run failed."""
+    bench.drain()
     pairs, seconds = [list(p) for p in trial.timing], 0.0
     while len(pairs) < wanted:
         bench.check_stop()
@@ -272,6 +277,7 @@ def measure(
         failures = bench.wave(
             batch, lambda d: bench.write(f"{stage}.ended", StageEnded(run=d.figures), trial.id))
         real = [f for f in failures if f.kind != "given-up"]
+        trial.given_up_seconds += sum(f.wall_seconds for f in failures if f.kind == "given-up")
         if real:
             fail(bench, trial, stage, real[0])
         if failures:
@@ -315,7 +321,8 @@ def breadth(bench: Bench, trial: TrialState, inc: Incumbent) -> bool:
 def confirm(bench: Bench, trial: TrialState, inc: Incumbent) -> None:
     """Group-sequential paired runs until the gate decides."""
     policy = bench.policy
-    first = block_start(policy, controls(bench, inc, "confirm"), trial)
+    judged = sum(d.stage == "confirm" for d in history(bench, bench.state.generation))
+    first = block_start(policy, controls(bench, inc, "confirm"), trial, judged)
     ensure_controls(bench, inc, "confirm", range(first, first + min(policy.controls, policy.max_pairs)))
     prior = noise_before(policy, history(bench), bench.calibration)
     want = policy.looks[0]
@@ -372,15 +379,17 @@ def finding(trial: TrialState, body: Decided, predicted: float | None) -> Findin
                    measured_bytes=max(sizes, default=None))
 
 
-def history(bench: Bench) -> list[Decided]:
+def history(bench: Bench, generation: int | None = None) -> list[Decided]:
     """Verdicts under today's fingerprint that carry paired confirm runs: what the noise is pooled from."""
     return [
         t.decided for t in bench.state.trials.values()
         if t.decided and t.decided.stage == "confirm" and t.proposed.fingerprint == bench.fingerprint
+        and generation in (None, t.proposed.generation)
     ]
 
 
 def cost(trial: TrialState) -> float:
     """Worker-seconds of the candidate's own runs."""
     runs: list[Any] = [r for stage in trial.runs.values() for r in stage.values()]
-    return round(sum(r.wall_seconds for r in runs) + (trial.preflight.seconds if trial.preflight else 0.0), 3)
+    spent = trial.given_up_seconds + sum(r.wall_seconds for r in runs)
+    return round(spent + (trial.preflight.seconds if trial.preflight else 0.0), 3)

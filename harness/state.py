@@ -44,6 +44,7 @@ class TrialState:
     void: CommitVoid | None = None
     finding: Finding | None = None
     timing: list[list[float]] = field(default_factory=list)  # step ms of [incumbent, candidate], taking turns
+    given_up_seconds: float = 0.0  # of breadth runs without an end, since this process began
     honest: HonestMeasured | None = None  # the last word on a keep
     honest_ref: tuple[int, str, str] | None = None  # seq, h, ts of it
     revert_intent: RevertIntent | None = None
@@ -65,7 +66,7 @@ class TrialState:
     def owes_revert(self) -> bool:
         """Kept, measured again, and found to be no gain; and it is not taken back yet."""
         wanted = (self.honest and self.honest.decision == "revert") or self.revert_intent
-        return bool(wanted and not self.reverted and not self.revert_void)
+        return bool(wanted and not self.reverted)
 
     @property
     def stands(self) -> bool:
@@ -241,4 +242,4 @@ def _apply_after_keep(trial: TrialState, r: Any) -> None:
     elif isinstance(body, TrialReverted):
         trial.reverted = body
     elif isinstance(body, RevertVoid):
-        trial.revert_void = body
+        trial.revert_intent, trial.revert_void = None, body  # the branch had moved: planned again on its new tip

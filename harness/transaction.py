@@ -94,19 +94,21 @@ def commit_keep(repo: Repo, ledger: Ledger, track: Track, search: str, branch: s
     return body
 
 
-def revert_keep(repo: Repo, ledger: Ledger, search: str, branch: str, trial: TrialState) -> TrialReverted | RevertVoid:
+def revert_keep(
+    repo: Repo, ledger: Ledger, track: Track, search: str, branch: str, trial: TrialState,
+) -> TrialReverted | RevertVoid:
     """Take a kept trial's commit back with one commit more; safe to call again after any kill.
 
     The same order as :func:`commit_keep`: object, ``revert.intent``, compare and swap, ``trial.reverted``.
     """
     recovering = trial.revert_intent is not None
-    intent = trial.revert_intent or _prepare_revert(repo, ledger, search, branch, trial)
+    intent = trial.revert_intent or _prepare_revert(repo, ledger, track, search, branch, trial)
     if repo.rev(intent.sha) is None:
         tree = repo.build_tree(intent.parent, intent.files, intent.removes)
         sha = repo.build_commit(CommitPlan(tree, intent.parent, intent.message, intent.date))
         if sha != intent.sha:
             raise RuntimeError(f"trial {trial.id}: rebuilt revert {sha} is not the intended {intent.sha}")
-    _pin(repo, f"{trial.id}-revert", intent.sha)
+    _pin(repo, revert_pin(trial.id, intent.sha), intent.sha)
     at = repo.rev(intent.branch)
     if at == intent.parent:
         repo.set_ref(intent.branch, intent.sha, old=intent.parent)
@@ -123,13 +125,34 @@ def revert_keep(repo: Repo, ledger: Ledger, search: str, branch: str, trial: Tri
     return body
 
 
-def _prepare_revert(repo: Repo, ledger: Ledger, search: str, branch: str, trial: TrialState) -> RevertIntent:
+def revert_pin(trial: str, sha: str) -> str:
+    """Name under ``PIN`` of a revert commit; a revert that was planned again has another."""
+    return f"{trial}-revert-{sha[:12]}"
+
+
+def _undone(repo: Repo, track: Track, trial: TrialState, tip: str) -> tuple[dict[str, str], list[str]]:
+    """(files, paths to remove) that take the keep back from ``tip``, and nothing that somebody committed since."""
+    assert trial.intent
+    kept, path = trial.intent, recipe_path(track.name)
+    if all(repo.show(tip, p) == text for p, text in kept.files.items()):
+        before = {p: repo.show(kept.parent, p) for p in kept.files}
+        files = {p: text for p, text in before.items() if text is not None}
+        return files, [p for p in before if p not in files]
+    values, old = parse_recipe(repo.show(tip, path), track), parse_recipe(repo.show(kept.parent, path), track)
+    for knob, value in trial.proposed.change.items():
+        if values.get(knob) == value:
+            values.pop(knob)
+            values.update({knob: old[knob]} if knob in old else {})
+    return {path: render_recipe(values, track)}, []
+
+
+def _prepare_revert(
+    repo: Repo, ledger: Ledger, track: Track, search: str, branch: str, trial: TrialState,
+) -> RevertIntent:
     assert trial.intent and trial.done and trial.honest and trial.honest_ref
     tip = repo.rev(branch)
     assert tip
-    before = {path: repo.show(trial.intent.parent, path) for path in trial.intent.files}
-    files = {path: text for path, text in before.items() if text is not None}
-    removes = [path for path, text in before.items() if text is None]
+    files, removes = _undone(repo, track, trial, tip)
     honest, p, ref = trial.honest, trial.proposed, trial.honest_ref
     text = "\n".join([
         f"Revert {change_text(p.change, p.previous)}",
@@ -143,7 +166,7 @@ def _prepare_revert(repo: Repo, ledger: Ledger, search: str, branch: str, trial:
     ])
     plan = CommitPlan(repo.build_tree(tip, files, removes), tip, text, git_date(ref[2]))
     sha = repo.build_commit(plan)
-    _pin(repo, f"{trial.id}-revert", sha)
+    _pin(repo, revert_pin(trial.id, sha), sha)
     intent = RevertIntent(sha=sha, tree=plan.tree, parent=tip, branch=branch, message=text, date=plan.date, files=files,
                           removes=removes, reverts=trial.done.sha, reason="reverted.honest")
     ledger.append("revert.intent", intent, search=search, trial=trial.id)

@@ -202,6 +202,8 @@ def _after_keep(trial: _Trial, record: Record, report: Report) -> None:
             report(record, "commit", "a second revert.intent")
         if not trial.condemned and body.reason == "reverted.honest":
             report(record, "commit", "revert.intent, but no honest.measured asked for it")
+        if body.reverts != trial.sha:
+            report(record, "commit", f"revert.intent takes {body.reverts[:12]} back, the keep is {trial.sha[:12]}")
         trial.revert = body.sha
     elif isinstance(body, TrialReverted | RevertVoid):
         if not trial.revert:
@@ -210,4 +212,6 @@ def _after_keep(trial: _Trial, record: Record, report: Report) -> None:
             report(record, "commit", f"{record.type} of {body.sha}, but the revert intended {trial.revert}")
         if trial.reverted:
             report(record, "commit", f"a second end ({record.type}) of one revert")
-        trial.reverted = True
+        trial.reverted = isinstance(body, TrialReverted)
+        if isinstance(body, RevertVoid):
+            trial.revert = ""  # planned again on the branch's new tip

@@ -30,6 +30,8 @@ class HonestMeasured(Body, frozen=True):
     se: float
     claimed: float  # the gain that its verdict showed
     floor: float  # reverted when the mean over all fresh pairs lies below this
+    fingerprint: str  # of the runs
+    last: bool  # no more seeds would be added
     decision: str  # stand | extend | revert
 
 

@@ -40,6 +40,7 @@ def explain(trial: Annotated[str, typer.Argument(help="Trial id.")], where: Work
     from harness.gate.explain import explain as words
     from ledger.records import Decided
     from ledger.store import Ledger
+    from ledger.summary import summarise
 
     ws = workspace(where)
     found = [r.body for r in Ledger(ws.ledger).records(types=["decided"], trial=trial)]
@@ -48,6 +49,8 @@ def explain(trial: Annotated[str, typer.Argument(help="Trial id.")], where: Work
     body = found[-1]
     assert isinstance(body, Decided)
     print(words(body))
+    for record in Ledger(ws.ledger).records(types=["honest.measured", "trial.reverted"], trial=trial):
+        print(f"then: {summarise(record)}")
 
 
 @app.command(epilog="Example: autoresearch gate show --track pocket")
@@ -270,7 +273,7 @@ def _table(*heads: str) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 1 if len(heads) > 10 else 2, 0, 0), pad_edge=False)
     for head in heads:
         table.add_column(head, justify="left" if head in ("", "edits of", "looks", "spending") else "right",
-                         no_wrap=True)
+                         overflow="fold")
     return table
 
 

@@ -81,7 +81,13 @@ def _split(
     if form == "paired":
         matched = sides.matched(n)
         return [c for c, _ in matched], [x for _, x in matched]
-    return sides.control[: controls_at(policy, n)], sides.candidate[:n]
+    return beside(sides)[: controls_at(policy, n)], sides.candidate[:n]
+
+
+def beside(sides: Sides) -> tuple[RunFigures, ...]:
+    """Controls in the order in which the two-sample form takes them: from the candidate's first k on, then the rest."""
+    first = sides.candidate[0].k
+    return tuple(sorted(sides.control, key=lambda r: (r.k < first, r.k)))
 
 
 def _squares(values: Sequence[float]) -> float:

@@ -44,7 +44,7 @@ class World:
 
     shared: float = 0.5  # share of a difference's variance that is the control's run
     breadth_sigma: float = 1.0  # sigma of a breadth difference over the edit's own confirm sigma_d
-    disagreement: float = 1.0  # breadth effect - confirm effect: its standard deviation in typical sigmas
+    disagreement: float = 1.4  # breadth effect - confirm effect: its standard deviation in typical sigmas
 
 
 @dataclass(frozen=True, kw_only=True)

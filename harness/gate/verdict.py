@@ -30,7 +30,7 @@ from harness.gate.checks import (
     prepare,
 )
 from harness.gate.early import EarlyStop, stops
-from harness.gate.looks import Evidence, available, controls_at, ready, take, weigh
+from harness.gate.looks import Evidence, available, beside, controls_at, ready, take, weigh
 from harness.gate.noise import Noise
 from harness.gate.policy import Policy, from_dict, hash_of
 from ledger.records import Decided, Look, RunFigures, SubCheck
@@ -172,9 +172,14 @@ class _Recorder:
                        looks=self.looks, checks=self.checks, needed_pairs=needed_pairs, needed_timing=needed_timing)
 
     def timed(self, evidence: Evidence, verdict: str, reason: str, text: str) -> Decided:
-        """The verdict, or a request for timing when it may depend on time and that was not measured in turns."""
-        wanted = self.policy.timing_pairs
-        if len(self.facts.timing) < wanted and (verdict == "keep" or reason == "rejected.runtime"):
+        """The verdict, or a request for timing when it may depend on time and that was not measured in turns.
+
+        It may for a keep, for a charge that a rejection rests on, and for a candidate that seems much faster.
+        """
+        wanted, p, more = self.policy.timing_pairs, self.policy, evidence.delta_step_pct
+        by_time = (verdict == "keep" or reason == "rejected.runtime" or evidence.time_charge > 0.0
+                   or (p.faster_pct > 0.0 and more <= -p.faster_pct) or (p.time_credit and more < -p.time_deadband_pct))
+        if len(self.facts.timing) < wanted and by_time:
             return self.record(evidence, "continue", "continue", explain.untimed(self.policy, reason, wanted),
                                needed_timing=wanted)
         return self.record(evidence, verdict, reason, text)
@@ -200,9 +205,14 @@ def _runtime(policy: Policy, sides: Sides, form: str, timing: Timing) -> SubChec
 
 def _affordable(policy: Policy, evidence: Evidence, look: Look) -> bool:
     """A keep that rests on fewer bytes or less time must not have lost bpb: its lower bound stays inside the margin."""
-    if evidence.gain - max(0.0, evidence.time_charge) > policy.materiality_bpb:
-        return True
-    return evidence.gain - look.boundary * evidence.se >= -policy.noninferiority_bpb
+    return (_gained(policy, evidence, look)
+            or evidence.gain - look.boundary * evidence.se > -policy.noninferiority_bpb)
+
+
+def _gained(policy: Policy, evidence: Evidence, look: Look) -> bool:
+    """Whether the score alone carries the keep, without any credit: by the same bound."""
+    charges = max(0.0, evidence.time_charge) + max(0.0, evidence.byte_charge)
+    return evidence.gain - look.boundary * evidence.se - charges > policy.materiality_bpb
 
 
 def _refuse(look: Look, *, last: bool) -> Look:
@@ -218,7 +228,7 @@ def _reason(
         if look.lower <= policy.materiality_bpb:
             assert plus is not None  # nothing else lets a look keep
             return "keep", plus.reason
-        if evidence.gain - max(0.0, evidence.time_charge) > policy.materiality_bpb:
+        if _gained(policy, evidence, look):
             return "keep", "kept.gain"
         return "keep", "kept.faster" if -evidence.time_charge > -evidence.byte_charge else "kept.cheaper"
     t = t_upper(policy.worse_alpha, evidence.df)
@@ -240,7 +250,7 @@ def _trim(policy: Policy, sides: Sides, form: str) -> Sides:
         control = tuple(r for r in sides.control if r.k in wanted)
         control = control or sides.control[:1]  # bytes may be judged before any pair is complete
     else:
-        control = sides.control[: controls_at(policy, policy.max_pairs)]
+        control = beside(sides)[: controls_at(policy, policy.max_pairs)]
     return Sides(control=control, candidate=sides.candidate, pairs=sides.pairs)
 
 

@@ -40,6 +40,7 @@ class FakeExecutor(LocalExecutor):
     world: ClassVar[Callable[[RunRequest], float]] = staticmethod(bowl_world)
     fails: ClassVar[Callable[[RunRequest], RunFailed | None]] = staticmethod(lambda request: None)
     dev: ClassVar[Callable[[RunRequest], list[list[float]]]] = staticmethod(lambda request: [])  # [step, dev loss]
+    step_ms: ClassVar[Callable[[RunRequest], float]] = staticmethod(lambda request: 10.0)
     calls: ClassVar[list[RunRequest]] = []
     die_before: ClassVar[int | None] = None  # raise Killed instead of the n-th run from now
 
@@ -51,6 +52,7 @@ class FakeExecutor(LocalExecutor):
     @classmethod
     def reset(cls) -> None:
         cls.world, cls.fails = staticmethod(bowl_world), staticmethod(lambda request: None)
+        cls.step_ms = staticmethod(lambda request: 10.0)
         cls.dev, cls.calls, cls.die_before = staticmethod(lambda request: []), [], None
 
     def submit(self, request: RunRequest, sink: EventSink) -> Future[RunDone | RunFailed]:
@@ -71,7 +73,8 @@ class FakeExecutor(LocalExecutor):
         if outcome is None and request.watch and (why := request.watch({"kind": "step"})):
             outcome = RunFailed(request=request, kind="given-up", detail=why)
         future.set_result(outcome or RunDone(
-            request=request, figures=structs.replace(fake_figures(request, cls.world(request)), dev=dev)))
+            request=request, figures=structs.replace(
+                fake_figures(request, cls.world(request)), dev=dev, step_ms=cls.step_ms(request))))
         return future
 
     def stop(self) -> None:

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from harness.calibrate import prior_from_elsewhere, stale
 from harness.gate.correlation import (
     Kills,
     calibration_for,
@@ -32,6 +31,7 @@ from harness.gate.correlation import (
 )
 from harness.gate.noise import NoiseError, pool
 from harness.gate.policy import Prior, from_dict, load_policy
+from harness.noisebasis import prior_from_elsewhere, stale
 from ledger.measured import CalibrationMeasured, EditNoise
 from ledger.records import SearchStarted
 

@@ -196,7 +196,7 @@ def test_tau_of_breadth_is_that_of_the_normal_law() -> None:
 def test_breadth_ranks_the_usual_mixes_as_a_measured_panel_did() -> None:
     for mix in (Mix(name="plain"), Mix(name="harsh", harm_share=0.5)):
         tau = breadth_tau(propose(POLICY, mix, Costs(), nights=50, seed=25), sample=4000)
-        assert 0.5 < tau < 0.68
+        assert 0.58 < tau < 0.87  # the 90% interval of the panel on pocket
 
 
 @pytest.mark.parametrize("mix", [

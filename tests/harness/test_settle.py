@@ -9,10 +9,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 import harness.search as search_module
 from agent.contract import Proposal
-from harness.audit import checks
+from harness.audit import checks, honesty, measured
+from harness.errors import UserError
 from harness.executor import RunRequest
 from harness.gate.policy import Policy, load_policy
 from harness.gitrepo import Repo
@@ -295,3 +297,139 @@ def test_early_stopping_never_helps_a_candidate(
     FakeExecutor.dev = staticmethod(lambda r: [[2, 0.01 if r.knobs["matrix_lr"] == 0.015 else 6.0]])
     _, trial = attempt(ws)
     assert trial.decided and trial.decided.verdict == "reject" and trial.decided.early is None
+
+
+# What a reviewer broke.
+
+
+def times(control: float, candidate: float, first: float | None = None) -> None:
+    """Step times of short runs; ``first``: the candidate's in preflight."""
+    def step(request: RunRequest) -> float:
+        if request.owner.endswith("-incumbent") or request.owner.startswith("control"):
+            return control
+        return first if first is not None and request.stage == "preflight" else candidate
+
+    FakeExecutor.step_ms = staticmethod(step)
+
+
+def test_a_faster_candidate_is_timed_and_kept(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    policy(monkeypatch, timing_pairs=3, faster_pct=15.0, noninferiority_bpb=0.01, looks=(2, 4), honest_pairs=0,
+           time_deadband_pct=10.0)
+    world({0: 0.0})
+    times(10.0, 7.0)
+    _, trial = attempt(ws)
+    assert trial.decided and trial.decided.reason == "kept.faster" and len(trial.decided.timing) == 3
+    verified(ws)
+
+
+def test_one_noisy_pair_of_step_times_decides_nothing(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    policy(monkeypatch, timing_pairs=3, time_deadband_pct=10.0, price_time=0.003, honest_pairs=0)
+    world({0: 0.03})
+    times(10.0, 10.0, first=13.5)
+    _, trial = attempt(ws)
+    assert trial.decided and trial.decided.reason == "kept.gain" and trial.decided.timing[0] == [10.0, 13.5]
+
+
+def person_commits(ws: Workspace, knob: str, value: float) -> None:  # noqa: F811
+    """Somebody adds a setting of their own on the search branch."""
+    git(ws.root, "checkout", "-q", f"search/{TRACK}")
+    path = ws.root / f"trainer/recipes/{TRACK}.toml"
+    path.write_text((path.read_text() if path.exists() else "") + f"{knob} = {value}\n")
+    git(ws.root, "add", str(path))
+    git(ws.root, "-c", "user.name=p", "-c", "user.email=p@p", "commit", "-qm", "mine")
+    git(ws.root, "checkout", "-q", "main")
+
+
+def condemned(ws: Workspace, monkeypatch: pytest.MonkeyPatch, then: Any) -> None:  # noqa: F811
+    """A keep that is to be reverted, with the loop killed just before; ``then`` happens meanwhile."""
+    policy(monkeypatch, honest_pairs=2)
+    world({0: 0.03, 1: -0.001})
+    with monkeypatch.context() as m:
+        arm(m, "before:revert")
+        with pytest.raises(Killed):
+            attempt(ws)
+    then()
+
+
+def test_a_persons_commit_survives_the_revert(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    condemned(ws, monkeypatch, lambda: person_commits(ws, "beta2", 0.97))
+    run_search(ws, SearchOptions(track=TRACK, trials=1), SilentView(), None, FakeExecutor)
+    state = read(ws)
+    assert state.trials["nano-0001"].reverted
+    assert "beta2 = 0.97" in recipe(ws) and "matrix_lr" not in recipe(ws)
+    verified(ws)
+
+
+def test_a_revert_whose_branch_moved_is_planned_again(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    policy(monkeypatch, honest_pairs=2)
+    world({0: 0.03, 1: -0.001})
+    with monkeypatch.context() as m:
+        arm(m, "before:revert")
+        with pytest.raises(Killed):
+            attempt(ws)
+    with monkeypatch.context() as m:
+        wound(m, "swap", True)
+        with pytest.raises(Killed):  # the intent is written, the branch has not moved
+            run_search(ws, SearchOptions(track=TRACK, trials=1), SilentView(), None, FakeExecutor)
+    person_commits(ws, "beta2", 0.97)
+    for _ in range(2):
+        run_search(ws, SearchOptions(track=TRACK, trials=1), SilentView(), None, FakeExecutor)
+    trial = read(ws).trials["nano-0001"]
+    assert trial.revert_void and trial.reverted and not trial.stands
+    assert "beta2 = 0.97" in recipe(ws) and "matrix_lr" not in recipe(ws)
+    verified(ws)
+
+
+def test_a_reverted_keep_does_not_come_back_with_the_branch(
+    ws: Workspace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    policy(monkeypatch, honest_pairs=2)
+    world({0: 0.03, 1: -0.001})
+    _, trial = attempt(ws)
+    assert trial.reverted and trial.done
+    git(ws.root, "branch", "-f", f"search/{TRACK}", trial.done.sha)
+    with pytest.raises(UserError, match=f"no longer contains its last commit {trial.reverted.sha[:12]}"):
+        attempt(ws, {"matrix_lr": 0.02})
+    git(ws.root, "branch", "-D", f"search/{TRACK}")
+    with pytest.raises(UserError, match=f"git branch search/{TRACK} {trial.reverted.sha}"):
+        attempt(ws, {"matrix_lr": 0.02})
+
+
+def test_a_keep_is_settled_under_todays_policy(ws: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    policy(monkeypatch, honest_pairs=0)
+    world({0: 0.03, 1: -0.001})
+    _, trial = attempt(ws)
+    assert trial.stands and trial.honest is None
+    policy(monkeypatch, honest_pairs=2, honest_extend=2)
+    with monkeypatch.context() as m:
+        arm(m, "after:honest.measured")
+        with pytest.raises(Killed):
+            run_search(ws, SearchOptions(track=TRACK, trials=1), SilentView(), None, FakeExecutor)
+    policy(monkeypatch, honest_pairs=2, honest_extend=0)  # fewer seeds than were promised
+    run_search(ws, SearchOptions(track=TRACK, trials=1), SilentView(), None, FakeExecutor)
+    assert read(ws).trials["nano-0001"].reverted
+    verified(ws)
+
+
+@pytest.mark.parametrize("forge", ["timing.measured", "honest.measured", "revert.intent"])
+def test_verify_notices_a_forged_record(
+    ws: Workspace, forge: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path  # noqa: F811
+) -> None:
+    policy(monkeypatch, honest_pairs=2, timing_pairs=2)
+    world({0: 0.03, 1: -0.001})
+    attempt(ws)
+    verified(ws)
+    lies = {"timing.measured": {"pairs": [[10.0, 5.0], [10.0, 5.0]]}, "honest.measured": {"gain": 0.5},
+            "revert.intent": {"reverts": "9" * 40}}
+    copy = Ledger(tmp_path / "forged.jsonl")
+    for record in Ledger(ws.ledger).records():
+        if record.type.startswith("ledger."):
+            continue
+        body = structs.replace(record.body, **lies[forge]) if record.type == forge else record.body
+        copy.append(record.type, body, search=record.search, trial=record.trial)
+    report = verify(copy.path, [measured, honesty])
+    assert not report.ok, "the chain is whole, the figures are not"

@@ -210,7 +210,8 @@ EVERY: dict[str, Body] = {
     "timing.measured": TimingMeasured(pairs=[[100.0, 110.5], [101.0, 111.0]], steps=10, seconds=12.5),
     "honest.measured": HonestMeasured(
         sha="1" * 40, generation=1, parent_config="p" * 64, config_hash="c" * 64, ks=[0, 1], differences=[0.01, -0.02],
-        gain=-0.005, se=0.015, claimed=0.02, floor=0.0, decision="extend",
+        gain=-0.005, se=0.015, claimed=0.02, floor=0.0, fingerprint=FINGERPRINT, last=False,
+        decision="extend",
     ),
     "revert.intent": RevertIntent(
         sha="2" * 40, tree="3" * 40, parent="1" * 40, branch="refs/heads/search/night", message="Revert",
