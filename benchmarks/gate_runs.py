@@ -81,7 +81,7 @@ def configs() -> list[Config]:
         edit("beta2-0.99", "harm", beta2=0.99), edit("qk-gain-4", "harm", qk_gain_init=4.0),
         edit("neg-slope-0.5", "harm", mlp_neg_slope=0.5), edit("momentum-0.96", "harm", muon_momentum=0.96),
         edit("momentum-0.97", "harm", muon_momentum=0.97), edit("matrix-lr-0.045", "harm", matrix_lr=0.045),
-        edit("embed-lr-0.055", "harm", tied_embed_lr=0.055), edit("embed-lr-0.1", "harm", 8, tied_embed_lr=0.1),
+        edit("embed-lr-0.055", "harm", tied_embed_lr=0.055), edit("embed-lr-0.1", "harm", tied_embed_lr=0.1),
     ]
     out += [Config(name=f"dim-{d}", kind="size", knobs={"model_dim": d}, seeds=6, breadth_seeds=4)
             for d in (112, 120, 136, 144)]
