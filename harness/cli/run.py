@@ -182,7 +182,7 @@ def train(
 
 @guard
 def demo(
-    trials: Annotated[int, typer.Option("--trials", parser=whole(1), metavar="N", help="Trials to decide.")] = 4,
+    trials: Annotated[int, typer.Option("--trials", parser=whole(1), metavar="N", help="Trials to decide.")] = 3,
     seed: SeedOption = None,
     track: TrackOption = "pocket",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over even if an unfinished demo is there.")] = False,
