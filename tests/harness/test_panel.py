@@ -186,7 +186,7 @@ def test_early_rules_are_judged_one_by_one() -> None:
     quarter, half = report.early[0]
     assert (quarter.kills.better_killed, quarter.kills.worse_killed) == (2, 1)
     assert (half.kills.better_killed, half.kills.worse_killed) == (0, 2)
-    assert panel({60: TRUTH}).early == [[]]
+    assert panel({60: TRUTH}, policy={"early_fractions": (), "early_nats": ()}).early == [[]]
 
 
 # -- a whole panel ------------------------------------------------------------------------------------
