@@ -270,9 +270,10 @@ def check(path: Path, count: int) -> int:
                                       env=child_env(ROOT, track.threads, Path(home))).returncode
 
             again, old = make(job, track, data, Path(home), call), rows[job.key]
-        same = all(again[n] == old[n] for n in ("val_bpb", "artifact_sha256", "train_loss", "dev"))
-        bad += not same
-        print(f"{job.key}: {'equal' if same else 'DIFFERS'} ({old['val_bpb']!r}, {again['val_bpb']!r})", flush=True)
+        differ = [n for n in ("artifact_sha256", "train_loss", "dev", "val_bpb") if again[n] != old[n]]
+        bad += bool(differ)
+        print(f"{job.key}: {'differs in ' + ', '.join(differ) if differ else 'equal'} ({old['val_bpb']!r}, "
+              f"{again['val_bpb']!r})", flush=True)
     return bad
 
 
