@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from harness.gate.correlation import calibration_for, noise_inputs
-from harness.gate.noise import Noise, pool_decided
+from harness.gate.correlation import calibration_for
 from harness.gate.policy import Policy, Prior, load_policy
 from harness.tracks import Track, declared_track, differences, environment
 from ledger.measured import CalibrationMeasured
-from ledger.records import Decided, SearchStarted
+from ledger.records import SearchStarted
 
 NEVER = "never calibrated"
 FOREIGN_DF, FOREIGN_INFLATION = 2.0, 1.5  # of a scale measured under another fingerprint: doubt it more than our own
@@ -86,9 +85,3 @@ def noise_basis(
     if why and why != NEVER:
         note(f"noise: {why}")
     return policy, None
-
-
-def noise_before(policy: Policy, decided: Iterable[Decided], calibration: CalibrationMeasured | None) -> Noise:
-    """The pool that a verdict starts from: earlier verdicts of this fingerprint and its calibration."""
-    pairs, runs = noise_inputs(calibration) if calibration else ([], [])
-    return pool_decided(policy, decided, runs, pairs)

@@ -13,10 +13,10 @@ from typing import Any
 from harness.bench import Bench, OnDone, infra_stop
 from harness.errors import UserError
 from harness.executor import RunDone, RunFailed, RunRequest, dev_point
+from harness.gate.correlation import noise_before
 from harness.gate.early import stops
 from harness.gate.policy import Policy
 from harness.gate.verdict import Converged, Facts, breadth_verdict, confirm_step, early_verdict
-from harness.noisebasis import noise_before
 from harness.recipe import parse_recipe
 from harness.state import TrialState
 from harness.tracks import Track

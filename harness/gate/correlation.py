@@ -223,6 +223,12 @@ def noise_inputs(
     return pairs, [rest] if len(rest) > 1 else []
 
 
+def noise_before(policy: Policy, decided: Iterable[Decided], calibration: CalibrationMeasured | None) -> Noise:
+    """The pool that a verdict starts from: earlier verdicts of this fingerprint and its calibration."""
+    pairs, runs = noise_inputs(calibration) if calibration else ([], [])
+    return pool_decided(policy, decided, runs, pairs)
+
+
 def ledger_noise(policy: Policy, records: Sequence[Any], fingerprint: str) -> tuple[Noise, str]:
     """(noise pool, where it is from): verdicts and calibration under ``fingerprint``, else the policy's prior alone."""
     ours: set[tuple[str, str]] = set()
@@ -233,10 +239,10 @@ def ledger_noise(policy: Policy, records: Sequence[Any], fingerprint: str) -> tu
         elif isinstance(r.body, Decided) and r.body.stage == "confirm" and (r.search, r.trial) in ours:
             decided.append(r.body)
     calibration = calibration_for(records, fingerprint)
-    pairs, runs = noise_inputs(calibration) if calibration else ([], [])
     parts = [f"{len(decided)} verdict{'s' if len(decided) != 1 else ''}"] if decided else []
-    parts += [f"a calibration of {len(pairs)} edit{'s' if len(pairs) != 1 else ''}"] if calibration else []
+    edits = len(calibration.edits) if calibration else 0
+    parts += [f"a calibration of {edits} edit{'s' if edits != 1 else ''}"] if calibration else []
     if not parts:
         return shipped(policy), f"nothing measured under this fingerprint, so the scale of: {policy.prior.source}"
     words = " and ".join(parts) + " under this fingerprint, joined with the scale of: " + policy.prior.source
-    return pool_decided(policy, decided, runs, pairs), words
+    return noise_before(policy, decided, calibration), words

@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from harness.gate.correlation import calibration_for, noise_inputs
-from harness.gate.noise import Noise, noise_from_dict, pool_decided
+from harness.gate.correlation import calibration_for, noise_before
+from harness.gate.noise import Noise, noise_from_dict
 from harness.gate.policy import Policy, from_dict
 from harness.gate.verdict import breadth_verdict, confirm_step, early_verdict, facts_of
 from ledger.decode import Record
@@ -172,8 +172,7 @@ def pooled(policy: Policy, case: Case, before: Sequence[Decided]) -> tuple[Noise
 
 def repooled(policy: Policy, case: Case, before: Sequence[Decided]) -> Noise:
     """The pool from its parts, as a search makes it."""
-    pairs, runs = noise_inputs(case.calibration) if case.calibration else ([], [])
-    return pool_decided(policy, before, runs, pairs)
+    return noise_before(policy, before, case.calibration)
 
 
 @dataclass(frozen=True)

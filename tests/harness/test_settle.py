@@ -365,12 +365,7 @@ def test_a_persons_commit_survives_the_revert(ws: Workspace, monkeypatch: pytest
 def test_a_revert_whose_branch_moved_is_planned_again(
     ws: Workspace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
-    policy(monkeypatch, honest_pairs=2)
-    world({0: 0.03, 1: -0.001})
-    with monkeypatch.context() as m:
-        arm(m, "before:revert")
-        with pytest.raises(Killed):
-            attempt(ws)
+    condemned(ws, monkeypatch, lambda: None)
     with monkeypatch.context() as m:
         wound(m, "swap", True)
         with pytest.raises(Killed):  # the intent is written, the branch has not moved
